@@ -1,0 +1,35 @@
+"""The few kinds of failure that a user meets, each with its exit code.
+
+Every message says what was wrong, the value, where, and how to mend it; the command line prints it as
+one line and shows a traceback only under ``--debug``.
+"""
+
+
+class OptpipeError(Exception):
+    """A failure that optpipe explains in one line."""
+
+    exit_code = 4
+
+
+class GateError(OptpipeError):
+    """A finished run does not meet the limits of ``optpipe gate`` (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(OptpipeError):
+    """A recipe, path or argument that cannot be used as given (exit code 2)."""
+
+    exit_code = 2
+
+
+class MissingError(OptpipeError):
+    """Something that this machine lacks: a package, a device, a driver (exit code 3)."""
+
+    exit_code = 3
+
+
+class RunError(OptpipeError):
+    """A stage that could not be completed (exit code 4)."""
+
+    exit_code = 4
