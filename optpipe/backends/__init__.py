@@ -1,0 +1,1 @@
+"""One module for each inference engine; each satisfies ``optpipe.types.Backend`` and imports its SDK late."""
