@@ -1,0 +1,45 @@
+"""The network as a graph: its blocks and channel groups, and the surgery on them.
+
+Nothing here touches a file, a clock or a global random state, and no function changes its argument.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from optpipe.graph.adaptors import adaptors, fold, with_adaptors
+from optpipe.graph.blocks import residuals
+from optpipe.graph.channels import channel_groups
+from optpipe.graph.features import split
+from optpipe.graph.structure import structure_key
+from optpipe.graph.surgery import apply
+from optpipe.graph.trace import count, shape, total, trace
+from optpipe.types import ModelGraph
+
+__all__ = [
+    "adaptors",
+    "apply",
+    "count",
+    "fold",
+    "inspect",
+    "split",
+    "structure_key",
+    "trace",
+    "with_adaptors",
+]
+
+
+def inspect(model: nn.Module, input_shape: tuple[int, int, int]) -> ModelGraph:
+    """Every residual block and channel group of ``model`` in execution order, with its totals."""
+    traced: fx.GraphModule = trace(model, input_shape)
+    output = next(node for node in traced.graph.nodes if node.op == "output")
+    logits = shape(output) or (0,)
+    parameters, macs = total(traced)
+    return ModelGraph(
+        blocks=tuple(residual.block for residual in residuals(traced)),
+        groups=channel_groups(traced, input_shape),
+        parameters=parameters,
+        macs=macs,
+        input_shape=input_shape,
+        classes=logits[-1],
+    )
