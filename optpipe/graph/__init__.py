@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from optpipe.errors import UsageError
 from optpipe.graph.adaptors import adaptors, fold, with_adaptors
 from optpipe.graph.blocks import residuals
 from optpipe.graph.channels import channel_groups
@@ -30,10 +31,17 @@ __all__ = [
 
 
 def inspect(model: nn.Module, input_shape: tuple[int, int, int]) -> ModelGraph:
-    """Every residual block and channel group of ``model`` in execution order, with its totals."""
+    """Every residual block and channel group of ``model`` in execution order, with its totals.
+
+    Raises UsageError for a model that cannot be traced or does not return logits (N, classes).
+    """
     traced: fx.GraphModule = trace(model, input_shape)
     output = next(node for node in traced.graph.nodes if node.op == "output")
-    logits = shape(output) or (0,)
+    logits = shape(output) or ()
+    if len(logits) != 2:
+        raise UsageError(
+            f"{type(model).__name__} returns {logits or 'no tensor'}; logits (N, classes) are needed"
+        )
     parameters, macs = total(traced)
     return ModelGraph(
         blocks=tuple(residual.block for residual in residuals(traced)),

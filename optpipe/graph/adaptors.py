@@ -94,7 +94,7 @@ def _sites(traced: fx.GraphModule, dropped: list[Residual]) -> list[_Site]:
         read = tensor_inputs(node)[0]
         if any(spaces[read] is spaces[r.stream] and order[node] > order[r.add] for r in dropped):
             sites.append(_Site("before", node))
-        if any(spaces[node] is spaces[r.stream] and order[node] < order[r.stream] for r in dropped):
+        if any(spaces[node] is spaces[r.stream] and order[node] <= order[r.stream] for r in dropped):
             sites.append(_Site("after", node))
     return sites
 
@@ -126,6 +126,7 @@ def _insert(traced: fx.GraphModule, site: _Site) -> None:
     readers = list(site.node.users) if site.side == "after" else [site.node]
     with traced.graph.inserting_after(source):
         adaptor = traced.graph.call_module(path, (source,))
+    adaptor.meta["shape"] = shape(source)
     for reader in readers:
         reader.replace_input_with(source, adaptor)
 

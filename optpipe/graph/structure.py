@@ -14,7 +14,8 @@ from optpipe.graph.flow import past_nothing
 from optpipe.graph.trace import module_of
 
 _VERSION = "structure/1"
-_NOT_STRUCTURE = frozenset({"training", "inplace"})
+# How a module trains is no part of what it computes in inference.
+_NOT_STRUCTURE = frozenset({"training", "inplace", "momentum"})
 
 
 def structure_key(model: fx.GraphModule, input_shape: tuple[int, int, int], batch: int) -> str:

@@ -86,11 +86,12 @@ def erase(traced: fx.GraphModule, node: fx.Node) -> None:
 
     Not fx's elimination of dead code: that would also take an in-place call whose result nothing reads.
     """
-    pending = [node]
+    pending, gone = [node], set[fx.Node]()
     while pending:
         last = pending.pop()
-        if last.users or last.op in {"placeholder", "output"} or last not in traced.graph.nodes:
+        if last.users or last.op in {"placeholder", "output"} or last in gone:
             continue
+        gone.add(last)
         sources = last.all_input_nodes
         traced.graph.erase_node(last)
         pending.extend(sources)

@@ -20,18 +20,15 @@ from optpipe.errors import UsageError
 # for ever, and a convolution that pads by the size of its input cannot be traced at all.
 _WHOLE = (nn.modules.batchnorm._BatchNorm, nn.Conv2d, nn.Linear)
 
-# In eval mode these return their input; traced as functions they would never do anything else.
-_SILENT = frozenset(
-    {
-        F.dropout,
-        F.dropout2d,
-        F.dropout1d,
-        F.dropout3d,
-        F.feature_alpha_dropout,
-        F.alpha_dropout,
-        stochastic_depth,
-    }
-)
+# Outside training these return their input; a traced call carries its mode, at this position, for ever.
+_MODE_AT = {
+    F.dropout: 2,
+    F.dropout1d: 2,
+    F.dropout2d: 2,
+    F.dropout3d: 2,
+    F.alpha_dropout: 2,
+    stochastic_depth: 3,
+}
 
 
 class _Tracer(fx.Tracer):
@@ -113,7 +110,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 def _settle(traced: fx.GraphModule) -> None:
     """Take out what does nothing in eval mode and every ``inplace``."""
     for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target in _SILENT:
+        if node.op == "call_function" and node.target in _MODE_AT and not _is_training(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
         elif node.op == "call_function" and node.kwargs.get("inplace"):
@@ -122,6 +119,12 @@ def _settle(traced: fx.GraphModule) -> None:
         if getattr(module, "inplace", False) is True:
             vars(module)["inplace"] = False
     traced.recompile()
+
+
+def _is_training(dropout: fx.Node) -> bool:
+    at = _MODE_AT[dropout.target]
+    given = dropout.args[at] if len(dropout.args) > at else dropout.kwargs.get("training", True)
+    return given is not False
 
 
 def propagate(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
