@@ -63,6 +63,16 @@ def load_model(spec: ModelSpec, search_folder: Path = Path()) -> nn.Module:
     return model.eval()
 
 
+def input_channels(model: nn.Module) -> int:
+    """How many channels the first convolution reads; UsageError where a network has none."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise UsageError(f"model {type(model).__name__} has no convolution (torch.nn.Conv2d)")
+
+
 def weights_digest(model: nn.Module) -> str:
     """sha256 over names, types, shapes and bytes of all parameters and buffers, in order of name."""
     import torch
