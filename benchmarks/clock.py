@@ -61,7 +61,7 @@ class Network:
     input_shape: tuple[int, int, int]
 
 
-SCALES = {"quick": Scale(5, 2.0, 3), "full": Scale(30, 5.0, 12)}
+SCALES = {"quick": Scale(5, 2.0, 5), "full": Scale(30, 5.0, 12)}
 RESNET56_DROPS = ("layer1.1", "layer1.4", "layer1.7", "layer2.3", "layer2.6", "layer3.4")
 NETWORKS = {
     "resnet20": Network(resnet20, CIFAR),
