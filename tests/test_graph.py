@@ -206,6 +206,36 @@ def test_projection_shortcuts_are_named_and_all_spellings_of_add_are_seen() -> N
     assert (third.name, third.droppable) == ("second", True)
 
 
+class Chunked(nn.Module):
+    """Branches through a tuple: one beside a projection, one of which a half goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.side = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 1)
+        self.b, self.c, self.fc = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        first, second = self.a(x).chunk(2, 1)
+        x = first * second + self.side(x)
+        first, second = self.b(x).chunk(2, 1)
+        x = x + (first * second).reshape(x.size(0), x.size(1), 8, 8)
+        first, second = self.c(x).split(4, 1)
+        x = torch.cat([x + first, second], 1)
+        logits: torch.Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def test_branches_are_followed_through_tuples_and_must_end_in_the_add() -> None:
+    assert [(b.name, b.why_not) for b in blocks(Chunked(), (3, 8, 8))] == [
+        ("add", "its shortcut is a projection"),
+        ("b", ""),
+        ("c", "a part of its branch is used elsewhere too"),
+    ]
+    backbone, head = graph.split(graph.trace(Chunked(), (3, 8, 8)))
+    assert head(backbone(images((3, 8, 8)))).shape == (2, 2)
+
+
 class NoResidual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -556,7 +586,7 @@ def test_channels_that_a_shortcut_pads_are_not_prunable_and_say_why() -> None:
     model = cifar_net()
     groups = {group.name: group for group in graph.inspect(model, CIFAR).groups}
     assert not groups["conv1"].prunable
-    assert "16 and 32 and 64 channels" in groups["conv1"].why_not
+    assert "layers of 16 and 32 and 64 channels" in groups["conv1"].why_not
     assert groups["layer1.0.conv1"].prunable
     named = {path for group in groups.values() for path in group.layers}
     layers = {path for path, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}

@@ -126,7 +126,7 @@ def _insert(traced: fx.GraphModule, site: _Site) -> None:
     readers = list(site.node.users) if site.side == "after" else [site.node]
     with traced.graph.inserting_after(source):
         adaptor = traced.graph.call_module(path, (source,))
-    adaptor.meta["shape"] = shape(source)
+    adaptor.meta.update(shape=shape(source), computed=True)
     for reader in readers:
         reader.replace_input_with(source, adaptor)
 

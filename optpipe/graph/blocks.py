@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from optpipe.graph.flow import add_operands, dominators, past_nothing
-from optpipe.graph.trace import module_of, node_macs, shape
+from optpipe.graph.flow import add_operands, dominators, is_feature_map, past_nothing
+from optpipe.graph.trace import is_computed, module_of, node_macs, shape
 from optpipe.types import Block
 
 
@@ -26,13 +26,14 @@ def residuals(traced: fx.GraphModule) -> list[Residual]:
     """Every residual block in execution order.
 
     A block is an add of two feature maps of equal shape; its stream is the nearest node that all paths to
-    both pass through. It is droppable where the stream itself is one of the two.
+    both pass through. It is droppable where the stream itself is one of the two and nothing else reads the
+    other on its way.
     """
     immediate = dominators(traced.graph)
     found: list[tuple[fx.Node, fx.Node, frozenset[fx.Node], bool]] = []
     for add in traced.graph.nodes:
         operands, stream = add_operands(add), immediate[add]
-        if operands is None or stream is None:
+        if operands is None or stream is None or not is_feature_map(stream):
             continue
         region = _between(stream, add)
         identity = any(past_nothing(traced, operand) is past_nothing(traced, stream) for operand in operands)
@@ -50,7 +51,9 @@ def _between(stream: fx.Node, add: fx.Node) -> frozenset[fx.Node]:
     pending = [add]
     while pending:
         for source in pending.pop().all_input_nodes:
-            if source is not stream and source not in region:
+            # A size may be taken from before the stream; what made it is no part of the block.
+            part = is_computed(source) or source.op == "get_attr"
+            if part and source is not stream and source not in region:
                 region.add(source)
                 pending.append(source)
     return frozenset(node for node in region if node.op not in {"placeholder", "output"})
@@ -65,8 +68,9 @@ def _block(  # noqa: PLR0917 - a block is made of all of these
     identity: bool,
 ) -> Block:
     before, after = (shape(stream) or ())[1:], (shape(add) or ())[1:]
+    leaks = any(_goes_on(user) for node in region for user in node.users if user not in region | {add})
     if identity:
-        why_not = ""
+        why_not = "a part of its branch is used elsewhere too" if leaks else ""
     elif before != after:
         why_not = f"changes the shape {before} -> {after}"
     else:
@@ -77,9 +81,14 @@ def _block(  # noqa: PLR0917 - a block is made of all of these
         output_shape=after,
         parameters=_parameters(traced, region),
         macs=sum(node_macs(traced, node) for node in region),
-        droppable=identity,
+        droppable=not why_not,
         why_not=why_not,
     )
+
+
+def _goes_on(node: fx.Node) -> bool:
+    """Whether a tensor goes on through ``node``: it is no mere size, and something reads it."""
+    return is_computed(node) and (node.op == "output" or bool(node.users))
 
 
 def _parameters(traced: fx.GraphModule, region: frozenset[fx.Node]) -> int:

@@ -81,7 +81,10 @@ def _mismatch(layers: dict[str, nn.Conv2d | nn.Linear], members: set[str]) -> st
     widths = sorted({layers[path].weight.shape[0] for path in members})
     if len(widths) == 1:
         return ""
-    return f"it ties layers of {' and '.join(map(str, widths))} channels, as a shortcut that pads them does"
+    return (
+        f"torch-pruning ties layers of {' and '.join(map(str, widths))} channels, which cannot lose the same "
+        "ones (a shortcut pads them, or they are split or joined)"
+    )
 
 
 def _partners(

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from optpipe.errors import UsageError
 from optpipe.graph.flow import dominators, is_feature_map
-from optpipe.graph.trace import module_of, shape
+from optpipe.graph.trace import is_computed, module_of, shape
 
 _POOLING_MODULES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 _POOLING_FUNCTIONS = frozenset(
@@ -75,7 +75,7 @@ def split(model: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
 
     def bring(node: fx.Node) -> fx.Node:
         if node not in copied:
-            copied[node] = entry if _is_tensor(node) else head.node_copy(_portable(node), bring)
+            copied[node] = entry if is_computed(node) else head.node_copy(_portable(node), bring)
         return copied[node]
 
     needed = _needed(nodes[-1], features)
@@ -96,10 +96,6 @@ def _needed(output: fx.Node, features: fx.Node) -> set[fx.Node]:
             needed.add(node)
             pending.extend(node.all_input_nodes)
     return needed
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return shape(node) is not None and node.op != "get_attr"
 
 
 def _portable(node: fx.Node) -> fx.Node:

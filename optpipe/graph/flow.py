@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from optpipe.graph.trace import module_of, shape, tensor_inputs
+from optpipe.graph.trace import is_computed, module_of, shape, tensor_inputs
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 _ADD_METHODS = frozenset({"add", "add_"})
@@ -63,7 +63,7 @@ def add_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     pair = _two_operands(node, _ADDS, _ADD_METHODS)
     if pair is None or pair[0] is pair[1] or not is_feature_map(node):
         return None
-    if any(operand.op == "get_attr" or shape(operand) != shape(node) for operand in pair):
+    if any(not is_computed(operand) or shape(operand) != shape(node) for operand in pair):
         return None
     return pair
 

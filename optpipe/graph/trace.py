@@ -66,9 +66,18 @@ class _Shapes(fx.Interpreter):
         self.at = str(n.target) if n.op == "call_module" else n.name
         value = super().run_node(n)
         n.meta.pop("shape", None)
+        n.meta["computed"] = n.op != "get_attr" and _holds_tensor(value)
         if isinstance(value, torch.Tensor):
             n.meta["shape"] = tuple(value.shape)
         return value
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, tuple | list) and any(_holds_tensor(item) for item in value)
+    )
 
 
 def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
@@ -143,7 +152,7 @@ def propagate(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> None
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].split(". ")[0] if text else type(error).__name__
 
 
 def shape(node: fx.Node) -> tuple[int, ...] | None:
@@ -157,11 +166,14 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def is_computed(node: fx.Node) -> bool:
+    """Whether a node yields a tensor, or several, that is computed: no parameter, no size."""
+    return bool(node.meta.get("computed", False))
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose computed tensors a node reads; parameters (get_attr) are not among them."""
-    return [
-        source for source in node.all_input_nodes if source.op != "get_attr" and shape(source) is not None
-    ]
+    """The nodes whose computed tensors a node reads."""
+    return [source for source in node.all_input_nodes if is_computed(source)]
 
 
 def node_macs(traced: fx.GraphModule, node: fx.Node) -> int:
