@@ -1,0 +1,312 @@
+"""TOML recipes -> frozen dataclasses; whatever is unknown or ill-typed is an error of one line.
+
+Only light modules are imported here, so that a recipe can be checked without loading torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from optpipe.data import DataSpec, Preprocess
+from optpipe.errors import UsageError
+from optpipe.models import ModelSpec
+from optpipe.types import Budget, Precision
+
+T = TypeVar("T")
+Value = str | int | float | bool | Sequence["Value"] | Mapping[str, "Value"]
+RawTable = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class DataTable:
+    """Where images come from and how they are prepared.
+
+    ``evaluation`` must be there: it is never trained on, and an accuracy measured on calibration images
+    would flatter the result.
+    """
+
+    calibration: DataSpec
+    evaluation: DataSpec
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTable:
+    """The engine and the device. ``threads`` defaults to all cores."""
+
+    backend: str = "onnxruntime"
+    precision: Precision = "fp32"
+    batch: int = 16
+    device: str = "cpu"
+    threads: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TimingTable:
+    """When a measurement ends: at ``tolerance`` or after ``budget_s``, whichever is first.
+
+    ``tolerance`` is the half-width of the 95% interval of the ratio to the original.
+    ``drift`` is how far (as a fraction) the original's own latency may have moved when a run is resumed
+    before this run's latencies are taken afresh.
+    """
+
+    tolerance: float = 0.005
+    budget_s: float = 5.0
+    final_budget_s: float = 10.0
+    drift: float = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class RunTable:
+    """The run's name (its folder under ``runs/``) and its seed; ``cache`` reuses trials of other runs."""
+
+    name: str
+    seed: int = 0
+    cache: bool = True
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe. ``method`` and ``recover`` stay raw until the method's module is loaded."""
+
+    path: Path
+    model: ModelSpec
+    data: DataTable
+    target: TargetTable
+    timing: TimingTable
+    method_name: str
+    method: RawTable
+    recover: RawTable
+    budget: Budget
+    run: RunTable
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self.path.parent
+
+    def frozen(self, method: object, recover: object) -> str:
+        """The whole recipe as TOML with every default written out."""
+        tables = {
+            "model": _plain(self.model),
+            "data": _plain(self.data),
+            "target": _plain(self.target),
+            "timing": _plain(self.timing),
+            "method": {"name": self.method_name, **typing.cast(dict[str, object], _plain(method))},
+            "recover": _plain(recover),
+            "budget": _plain(self.budget),
+            "run": _plain(self.run),
+        }
+        return tomli_w.dumps(tables)
+
+
+TABLES = ("model", "data", "target", "timing", "method", "recover", "budget", "run")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    ``overrides`` are ``table.key=value`` strings; the value is TOML, or a plain string where it is not.
+
+    Raises:
+        UsageError: the file is missing or no TOML, a key is unknown or ill-typed, a value is out of range.
+    """
+    path = path.resolve()
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UsageError(f"{path}: there is no such recipe{hint}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; name the .toml file in it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(raw, override)
+    raw = typing.cast(dict[str, Value], _expand(raw, path, ()))
+    for name, table in raw.items():
+        if name not in TABLES:
+            raise UsageError(f"{path}: [{name}]: unknown table{_nearest(name, TABLES)}")
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{path}: {name} = {table!r}: is a table: write [{name}]")
+    return _build(path, typing.cast(dict[str, RawTable], raw))
+
+
+def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
+    for name in ("model", "data", "method", "budget"):
+        if name not in raw:
+            raise UsageError(f"{path}: [{name}]: this table is missing")
+    method = dict(raw["method"])
+    method_name = method.pop("name", None)
+    if not isinstance(method_name, str):
+        raise UsageError(f'{path}: [method] name: must name a method, for example name = "practise"')
+    run = {"name": path.stem, **raw.get("run", {})}
+    recipe = Recipe(
+        path=path,
+        model=bind(ModelSpec, raw["model"], path, "model"),
+        data=bind(DataTable, _with_defaults(raw["data"]), path, "data"),
+        target=bind(TargetTable, raw.get("target", {}), path, "target"),
+        timing=bind(TimingTable, raw.get("timing", {}), path, "timing"),
+        method_name=method_name,
+        method=method,
+        recover=dict(raw.get("recover", {})),
+        budget=bind(Budget, raw["budget"], path, "budget"),
+        run=bind(RunTable, run, path, "run"),
+    )
+    _check_ranges(recipe)
+    return recipe
+
+
+def _with_defaults(data: RawTable) -> RawTable:
+    return {"preprocess": {}, **data}
+
+
+def bind(cls: type[T], table: RawTable, path: Path, where: str) -> T:
+    """A dataclass from a raw table.
+
+    Raises:
+        UsageError: in one line: file, table, key, value, and the nearest valid key.
+    """
+    _refuse_unknown(cls, table, path, where)
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        names = [part for part in first["loc"] if isinstance(part, str)]
+        indices = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+        place, key = ".".join([where, *names[:-1]]), names[-1] + indices
+        if first["type"] == "missing":
+            raise UsageError(f"{path}: [{place}] {key}: is missing") from None
+        shown = json.dumps(first["input"])
+        message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        raise UsageError(f"{path}: [{place}] {key} = {shown}: {message}") from None
+
+
+def merge(base: T, table: RawTable, path: Path, where: str) -> T:
+    """``base`` with the keys of a raw table replaced; errors as :func:`bind`."""
+    assert dataclasses.is_dataclass(base) and not isinstance(base, type)
+    _refuse_unknown(type(base), table, path, where)
+    return bind(type(base), {**dataclasses.asdict(base), **table}, path, where)
+
+
+def _refuse_unknown(cls: type, table: RawTable, path: Path, where: str) -> None:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in table.items():
+        if key not in names:
+            shown = json.dumps(value, default=str)
+            raise UsageError(f"{path}: [{where}] {key} = {shown}: unknown key{_nearest(key, names)}")
+        nested = hints[key]
+        if dataclasses.is_dataclass(nested) and isinstance(nested, type) and isinstance(value, Mapping):
+            _refuse_unknown(nested, value, path, f"{where}.{key}")
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(words)}"
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    budget = dataclasses.asdict(recipe.budget)
+    given = {key: value for key, value in budget.items() if value is not None}
+    if len(given) != 1:
+        raise UsageError(
+            f"{recipe.path}: [budget]: give exactly one of {', '.join(budget)}; given: "
+            f"{', '.join(given) or 'none'}"
+        )
+    positive = "must be above 0 and finite"
+    share = "must be between 0 and 1"
+    checks: list[tuple[str, str, float | None, bool, str]] = [
+        ("budget", "latency_reduction", recipe.budget.latency_reduction, True, share),
+        ("budget", "latency_ms", recipe.budget.latency_ms, False, positive),
+        ("budget", "drop_blocks", recipe.budget.drop_blocks, False, positive),
+        ("target", "batch", recipe.target.batch, False, positive),
+        ("target", "threads", recipe.target.threads, False, positive),
+        ("timing", "tolerance", recipe.timing.tolerance, True, share),
+        ("timing", "budget_s", recipe.timing.budget_s, False, positive),
+        ("timing", "final_budget_s", recipe.timing.final_budget_s, False, positive),
+        ("timing", "drift", recipe.timing.drift, False, positive),
+        ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
+    ]
+    for table, key, value, below_one, message in checks:
+        # Written so that nan fails too.
+        if value is not None and not 0 < value < (1 if below_one else math.inf):
+            raise UsageError(f"{recipe.path}: [{table}] {key} = {value}: {message}")
+    name, seed = recipe.run.name, recipe.run.seed
+    if not name or name.startswith(".") or "/" in name:
+        raise UsageError(f'{recipe.path}: [run] name = "{name}": must be a plain folder name')
+    if seed < 0:
+        raise UsageError(f"{recipe.path}: [run] seed = {seed}: must not be below 0")
+
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<value>[^}]*))?\}")
+
+
+def _expand(value: Value, path: Path, keys: tuple[str, ...]) -> Value:
+    """Every ``${NAME}`` or ``${NAME:-default}`` in the strings of a nested value replaced."""
+    if isinstance(value, str):
+
+        def replacement(match: re.Match[str]) -> str:
+            found = os.environ.get(match["name"])
+            if found:
+                return found
+            if match["default"] is not None:
+                return match["value"]
+            place = f"[{'.'.join(keys[:-1])}] {keys[-1]}"
+            shown, name = json.dumps(value), match["name"]
+            raise UsageError(f"{path}: {place} = {shown}: environment variable {name} is not set")
+
+        return _VARIABLE.sub(replacement, value)
+    if isinstance(value, Mapping):
+        return {key: _expand(inner, path, (*keys, key)) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_expand(inner, path, keys) for inner in value]
+    return value
+
+
+def _override(raw: dict[str, typing.Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2:
+        raise UsageError(f"--set {override}: write table.key=value, for example budget.latency_reduction=0.3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = raw
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override}: {part} is a value, not a table")
+    table[path[-1]] = value
+
+
+def _plain(value: object) -> object:
+    """A dataclass as nested TOML values, without the keys that are None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {key: _plain(inner) for key, inner in items if inner is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(inner) for inner in value]
+    return value
