@@ -1,0 +1,315 @@
+"""Run folders: atomic writes, full-digest keys, resume, and one process at a time.
+
+A file that is written last, through a temporary file, fsync and ``os.replace``, says by its existence that
+its stage or trial is done. Whatever else a killed process left behind is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from optpipe.errors import OptpipeError, RunError, UsageError
+from optpipe.types import Event
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
+
+
+def to_json(value: object) -> str:
+    """A frozen dataclass as indented JSON."""
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
+
+
+def from_json(cls: type[T], text: str | bytes) -> T:
+    """The dataclass that :func:`to_json` wrote.
+
+    Raises:
+        ValueError: the text is no such value.
+    """
+    return TypeAdapter(cls).validate_json(text)
+
+
+def digest(*parts: object) -> str:
+    """sha256 over parts: dataclasses, strings, numbers, tuples and None."""
+
+    def plain(part: object) -> object:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return dataclasses.asdict(part)
+        return part
+
+    text = json.dumps([plain(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that it is either the old one or the whole new one, also after a power cut.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; on leaving it is synced and moved to ``path``, on an error removed.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise _explained(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, path: Path) -> RunError:
+    if error.errno == errno.ENOSPC:
+        return RunError(f"{path}: the disk is full; free some space and run again: it goes on from here")
+    return RunError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+class Run:
+    """The folder of one run, held by one process.
+
+    Use :func:`open_run`; the lock is released when the context ends or the process dies.
+    """
+
+    def __init__(self, folder: Path, cache: Path | None) -> None:
+        self.folder = folder
+        self._cache = cache
+
+    def stage_folder(self, stage: str) -> Path:
+        """The folder of a stage, numbered in the order of the pipeline."""
+        return self.folder / f"{STAGES.index(stage) + 1:02d}-{stage}"
+
+    def stage_result(self, stage: str, cls: type[T]) -> T | None:
+        """What a finished stage left; None if it is not done (or was done by another version)."""
+        return _read(self.stage_folder(stage) / "result.json", cls)
+
+    def finish_stage(self, stage: str, result: object) -> None:
+        """Store a stage's result; from now on it is done."""
+        write_atomically(self.stage_folder(stage) / "result.json", to_json(result))
+        (self.stage_folder(stage) / "failure.json").unlink(missing_ok=True)
+
+    def fail_stage(self, stage: str, error: BaseException) -> None:
+        """Record a failure beside the stage; it is never taken for an answer."""
+        kind = type(error).__name__
+        text = json.dumps({"error": kind, "message": str(error), "at": _now()})
+        with contextlib.suppress(OptpipeError):
+            write_atomically(self.stage_folder(stage) / "failure.json", text + "\n")
+
+    def trial_folder(self, key: str) -> Path:
+        """The folder of a trial or step."""
+        return self.folder / "trials" / key
+
+    def engine_folder(self, key: str) -> Path:
+        """The folder of an engine: trials of equal structure on one target share it."""
+        return self.folder / "engines" / key
+
+    def answer(self, room: str, key: str, name: str, cls: type[T]) -> tuple[T, bool] | None:
+        """A stored answer and whether it came from another run's cache; None if there is none."""
+        own = _read(self.folder / room / key / name, cls)
+        if own is not None:
+            return own, False
+        if self._cache is None:
+            return None
+        cached = _read(self._cache / room / f"{key}-{name}", cls)
+        return (cached, True) if cached is not None else None
+
+    def store_answer(self, room: str, key: str, name: str, value: object) -> None:
+        """Store an answer in the run and, for other runs, in the cache."""
+        text = to_json(value)
+        write_atomically(self.folder / room / key / name, text)
+        if self._cache is not None:
+            write_atomically(self._cache / room / f"{key}-{name}", text)
+
+    def emit(self, event: Event) -> None:
+        """Append an event to events.jsonl."""
+        values = dataclasses.asdict(event)
+        record = {key: value for key, value in values.items() if value not in (None, "", ())}
+        record["fields"] = dict(event.fields)
+        line = json.dumps({"at": _now(), **record}, allow_nan=False)
+        try:
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise _explained(error, self.folder / "events.jsonl") from error
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None) -> Iterator[Run]:
+    """Open a run folder, new or to be resumed, and hold it.
+
+    ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted.
+
+    Raises:
+        UsageError: the folder holds another run or other files, or another process runs in it.
+    """
+    folder = folder.resolve()
+    if not folder.name:
+        raise UsageError(f"{folder}: cannot hold a run; name another folder with --out")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
+    with _locked(folder):
+        _refuse_foreign(folder)
+        if fresh and folder.exists():
+            _move_aside(folder)
+        for temporary in folder.rglob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
+        recorded = folder / "recipe.toml"
+        if recorded.exists():
+            _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
+        else:
+            write_atomically(recorded, recipe_toml)
+        yield Run(folder, cache)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock = path.open("a")
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another optpipe is running in this folder; wait for it or name another --out"
+            ) from None
+        yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_file():
+        raise UsageError(f"{folder}: is a file; name a folder with --out")
+    if not folder.exists() or (folder / "recipe.toml").exists():
+        return
+    # A process killed while it wrote the very first file leaves its temporary file alone in the folder.
+    if not all(path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
+        raise UsageError(f"{folder}: holds files that are no optpipe run; name another folder with --out")
+
+
+def _refuse_other_recipe(folder: Path, recorded: str, wanted: str) -> None:
+    try:
+        there = tomllib.loads(recorded)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"{folder / 'recipe.toml'}: is not valid TOML: {error}; move the run aside with --fresh"
+        ) from None
+    differs = _difference(there, tomllib.loads(wanted))
+    if differs:
+        raise UsageError(
+            f"{folder}: holds another run (it differs in {', '.join(differs[:3])}); "
+            "name another folder with --out, or move that run aside with --fresh"
+        )
+
+
+def _difference(a: Mapping[str, object], b: Mapping[str, object], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += _difference(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} there, {right!r} here")
+    return found
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(old)
+
+
+def _read(path: Path, cls: type[T]) -> T | None:
+    try:
+        return from_json(cls, path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCheckpoint:
+    """A training checkpoint in one safetensors file, replaced atomically every ``every`` steps."""
+
+    path: Path
+    every: int
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """The last complete checkpoint, or None."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the checkpoint."""
+        save_tensors(self.path, state)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, atomically; equal tensors give equal bytes.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    # Copies, since safetensors refuses tensors that share memory (tied weights); and its own writing to a
+    # file reports a full disk as an error in the tensors.
+    write_atomically(path, save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}))
