@@ -1,0 +1,1 @@
+"""report.json, its rendering and the gate over it."""

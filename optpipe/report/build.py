@@ -1,0 +1,58 @@
+"""Judge a finished run against its budget, and write its report."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from optpipe import store
+from optpipe.errors import UsageError
+from optpipe.report import markdown, schema
+from optpipe.types import Budget, Latency, Plan
+
+
+def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> schema.BudgetReport:
+    """Whether the final measurement meets what was asked.
+
+    A latency budget is met by the median ratio; the verdict says when the interval reaches beyond it.
+    """
+    if budget.drop_blocks is not None:
+        dropped = len(plan.drop_blocks)
+        met = dropped >= budget.drop_blocks
+        return schema.BudgetReport(budget, met, f"{dropped} of {budget.drop_blocks} blocks dropped")
+    allowed = budget.allowed_ratio(original)
+    ratio, ci95 = result.ratio_to_baseline, result.ratio_ci95
+    assert allowed is not None and ratio is not None and ci95 is not None
+    met = ratio <= allowed
+    verdict = f"latency {ratio - 1:+.1%} ({ci95[0] - 1:+.1%} to {ci95[1] - 1:+.1%}), asked {allowed - 1:+.1%}"
+    if met and ci95[1] > allowed:
+        verdict += "; the interval reaches beyond what was asked"
+    return schema.BudgetReport(budget, met, verdict)
+
+
+def write(folder: Path, report: schema.Report) -> None:
+    """Write report.json and report.md."""
+    store.write_atomically(folder / "report.json", store.to_json(report))
+    store.write_atomically(folder / "report.md", markdown.render(report))
+
+
+def read(run: Path) -> schema.Report:
+    """The report of a finished run; ``run`` is its folder or the report.json itself.
+
+    Raises:
+        UsageError: the run has no report, or it is of another version.
+    """
+    path = run if run.is_file() else run / "report.json"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            report = store.from_json(schema.Report, path.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise UsageError(f"{path}: is no report of this version: {where}{first['msg']}") from None
+        if report.schema != schema.SCHEMA:
+            raise UsageError(f"{path}: is of version {report.schema}; this optpipe reads {schema.SCHEMA}")
+        return report
+    raise UsageError(f"{path}: there is no report; has the run finished?")

@@ -1,0 +1,166 @@
+"""report.json -> Markdown, for pull requests and terminals. Pure."""
+
+from __future__ import annotations
+
+from optpipe.report.schema import LatencyReport, NetworkReport, Report
+from optpipe.types import Cell, Quality, Table
+
+
+def render(report: Report) -> str:
+    """The whole report as Markdown."""
+    sections = [
+        f"# {report.name}: {report.method} on {report.model}",
+        _verdict(report),
+        _side_by_side(report),
+        f"**Why this plan.** {report.reason}",
+        *[_table(table) for table in report.tables],
+        _conditions(report),
+        _hashes(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def summary(report: Report, folder: str) -> list[str]:
+    """At most 15 lines for a terminal."""
+    original, result = report.original, report.result
+    dropped = " ".join(report.plan.drop_blocks) or "nothing"
+    lines = [
+        f"{report.name}: {report.method} on {report.model}, {report.target.backend} "
+        f"(batch {report.target.batch}, {report.environment.executed_on})",
+        f"  dropped     {dropped}",
+        f"  latency     {original.latency.median_ms:.3f} -> {result.latency.median_ms:.3f} ms   "
+        f"{_change(result.latency)}",
+        f"  {original.quality.metric:<10}  {_quality(original.quality)} -> {_quality(result.quality)}"
+        f"   (before recovery {report.quality_before_recovery.value:.1%})",
+    ]
+    if result.agreement is not None:
+        lines.append(f"  agreement   {_quality(result.agreement)} with the original")
+    lines += [
+        f"  parameters  {original.parameters:,} -> {result.parameters:,}   "
+        f"{result.parameters / original.parameters - 1:+.1%}",
+        f"  MACs        {original.macs:,} -> {result.macs:,}   {result.macs / original.macs - 1:+.1%}",
+        f"  budget      {'met' if report.budget.met else 'NOT MET'}: {report.budget.verdict}",
+        f"  took        {sum(stage.seconds for stage in report.stages.values()):.0f} s: "
+        + ", ".join(f"{name} {stage.seconds:.0f}" for name, stage in report.stages.items()),
+        *[f"  warning     {warning}" for warning in report.warnings],
+        f"  report      {folder}/report.md",
+    ]
+    return lines[:14] + lines[-1:] if len(lines) > 15 else lines
+
+
+def _verdict(report: Report) -> str:
+    mark = "met" if report.budget.met else "**not met**"
+    lines = [f"Budget {mark}: {report.budget.verdict}."]
+    lines += [f"Warning: {warning}." for warning in report.warnings]
+    return "\n".join(lines)
+
+
+def _side_by_side(report: Report) -> str:
+    original, result = report.original, report.result
+    rows = [
+        ("", "original", "result", "change"),
+        ("---", "---:", "---:", "---:"),
+        (
+            f"{original.quality.metric} ({original.quality.count} images)",
+            _quality(original.quality),
+            _quality(result.quality),
+            f"{(result.quality.value - original.quality.value) * 100:+.2f} points",
+        ),
+        ("before recovery", "", _quality(report.quality_before_recovery), ""),
+        *_optional_rows(original, result),
+        (
+            f"{original.latency.headline}, median ms (batch {report.target.batch})",
+            f"{original.latency.median_ms:.3f}",
+            f"{result.latency.median_ms:.3f}",
+            _change(result.latency),
+        ),
+        (
+            "p90 / p95 / p99 ms",
+            _percentiles(original.latency),
+            _percentiles(result.latency),
+            f"{result.latency.samples} pairs",
+        ),
+        _count_row("parameters", original.parameters, result.parameters),
+        _count_row("MACs of one image", original.macs, result.macs),
+        _count_row("ONNX bytes", original.onnx_bytes, result.onnx_bytes),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _optional_rows(original: NetworkReport, result: NetworkReport) -> list[tuple[str, str, str, str]]:
+    rows: list[tuple[str, str, str, str]] = []
+    if original.quality.top5 is not None and result.quality.top5 is not None:
+        change = (result.quality.top5 - original.quality.top5) * 100
+        rows.append(
+            ("top5", f"{original.quality.top5:.2%}", f"{result.quality.top5:.2%}", f"{change:+.2f} points")
+        )
+    if result.agreement is not None:
+        rows.append(("agreement with the original", "", _quality(result.agreement), ""))
+    return rows
+
+
+def _count_row(name: str, original: int, result: int) -> tuple[str, str, str, str]:
+    return name, f"{original:,}", f"{result:,}", f"{result / original - 1:+.1%}"
+
+
+def _quality(quality: Quality) -> str:
+    return f"{quality.value:.2%} ({quality.ci95[0]:.1%} to {quality.ci95[1]:.1%})"
+
+
+def _change(latency: LatencyReport) -> str:
+    if latency.ratio_to_original is None or latency.ratio_ci95 is None:
+        return ""
+    low, high = latency.ratio_ci95
+    return f"{latency.ratio_to_original - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
+
+
+def _percentiles(latency: LatencyReport) -> str:
+    return f"{latency.p90_ms:.3f} / {latency.p95_ms:.3f} / {latency.p99_ms:.3f}"
+
+
+def _table(table: Table) -> str:
+    lines = [
+        f"## {table.title}",
+        "",
+        f"| {' | '.join(table.columns)} |",
+        f"|{'|'.join(' --- ' for _ in table.columns)}|",
+        *[f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows],
+    ]
+    return "\n".join(lines)
+
+
+def _cell(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return str(cell).replace("|", "\\|")
+
+
+def _conditions(report: Report) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report.environment.versions.items())
+    data = report.data
+    stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in report.stages.items())
+    return "\n".join(
+        [
+            "## Conditions",
+            "",
+            f"- Executed on {report.environment.executed_on}; {report.environment.platform}.",
+            f"- Target: {report.target.backend}, {report.target.precision}, batch {report.target.batch}, "
+            f"input {report.target.input_shape}.",
+            f"- Calibration: {data.calibration_count} images; evaluation: {data.evaluation_count} others.",
+            f"- Seed {report.seed}; recovery {report.recover.steps} steps of batch {report.recover.batch}.",
+            f"- Stages: {stages}.",
+            f"- optpipe {report.environment.optpipe}, Python {report.environment.python}; {versions}.",
+        ]
+    )
+
+
+def _hashes(report: Report) -> str:
+    lines = ["## sha256", ""]
+    lines += [f"- {name}: `{value}`" for name, value in report.sha256.items()]
+    lines.append(f"- calibration images: `{report.data.calibration_sha256}`")
+    lines.append(f"- evaluation images: `{report.data.evaluation_sha256}`")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""report.json: an interface, versioned; every value in it was measured in the run that wrote it.
+
+Fractions run from 0 to 1, times are milliseconds per batch unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optpipe.types import Budget, Fingerprint, Latency, Plan, Quality, Table, Target, Tune
+
+SCHEMA = "optpipe.report/1"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetReport:
+    """What was asked, what the final measurement shows, and whether that meets it."""
+
+    asked: Budget
+    met: bool
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyReport:
+    """A latency as in :class:`~optpipe.types.Latency`; the ratio is to the original, timed in turn."""
+
+    median_ms: float
+    mean_ms: float
+    min_ms: float
+    max_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    samples: int
+    warmup: int
+    headline: str
+    converged: bool
+    fingerprint: Fingerprint
+    ratio_to_original: float | None
+    ratio_ci95: tuple[float, float] | None
+
+    @staticmethod
+    def of(latency: Latency) -> LatencyReport:
+        """The report's view of a latency."""
+        return LatencyReport(
+            median_ms=latency.median_ms,
+            mean_ms=latency.mean_ms,
+            min_ms=latency.min_ms,
+            max_ms=latency.max_ms,
+            p90_ms=latency.p90_ms,
+            p95_ms=latency.p95_ms,
+            p99_ms=latency.p99_ms,
+            samples=latency.samples,
+            warmup=latency.warmup,
+            headline=latency.headline,
+            converged=latency.converged,
+            fingerprint=latency.fingerprint,
+            ratio_to_original=latency.ratio_to_baseline,
+            ratio_ci95=latency.ratio_ci95,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkReport:
+    """One network as it deploys. ``agreement`` is with the original's classes on the evaluation images."""
+
+    quality: Quality
+    latency: LatencyReport
+    parameters: int
+    macs: int
+    onnx_bytes: int
+    agreement: Quality | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """``seconds`` is the wall time of the attempt that finished the stage."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentReport:
+    """Where the run was made. ``executed_on`` says on what the engines really ran."""
+
+    optpipe: str
+    python: str
+    platform: str
+    executed_on: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The image sets: how many, and the sha256 over pixels, labels and preprocessing."""
+
+    calibration_count: int
+    calibration_sha256: str
+    evaluation_count: int
+    evaluation_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole report."""
+
+    schema: str
+    name: str
+    method: str
+    model: str
+    seed: int
+    target: Target
+    budget: BudgetReport
+    original: NetworkReport
+    result: NetworkReport
+    quality_before_recovery: Quality
+    plan: Plan
+    recover: Tune
+    reason: str
+    tables: tuple[Table, ...]
+    data: DataReport
+    stages: dict[str, StageReport]
+    environment: EnvironmentReport
+    sha256: dict[str, str]
+    warnings: tuple[str, ...] = ()
