@@ -1,0 +1,147 @@
+"""Write, load and verify a deploy bundle.
+
+An optimized model is stored as its original architecture's name, a plan and safetensors: no pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from optpipe import store
+from optpipe.data import Preprocess
+from optpipe.errors import UsageError
+from optpipe.models import ModelSpec
+from optpipe.types import Plan, Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """plan.json: how to build the optimized network again; ``input_shape`` is (C, H, W)."""
+
+    model: ModelSpec
+    search_folder: str
+    plan: Plan
+    input_shape: tuple[int, int, int]
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True, slots=True)
+class BundledFile:
+    """One file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """manifest.json: what is in the bundle, for what target, and how inputs are prepared."""
+
+    schema: str
+    target: Target
+    preprocess: Preprocess
+    files: dict[str, BundledFile]
+    calibration_images: tuple[str, ...]
+
+
+def write_bundle(
+    folder: Path, model: nn.Module, saved: Saved, target: Target, calibration_images: Sequence[str]
+) -> dict[str, str]:
+    """Add weights, plan and manifest to a folder that holds the ONNX and engine files.
+
+    Returns:
+        The sha256 of every file in the bundle, by its name relative to the folder.
+    """
+    store.save_tensors(folder / "model.safetensors", model.state_dict())
+    store.write_atomically(folder / "plan.json", store.to_json(saved))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = {
+        path.relative_to(folder).as_posix(): BundledFile(store.file_sha256(path), path.stat().st_size)
+        for path in paths
+        if path.name != MANIFEST
+    }
+    manifest = Manifest("optpipe.manifest/1", target, saved.preprocess, files, tuple(calibration_images))
+    store.write_atomically(folder / MANIFEST, store.to_json(manifest))
+    return {name: file.sha256 for name, file in files.items()}
+
+
+def load(run: str | Path) -> nn.Module:
+    """The optimized network of a finished run, in eval mode with its recovered weights.
+
+    ``run`` is the run's folder or its ``deploy`` folder.
+
+    Raises:
+        UsageError: there is no finished run, or a file is not what the manifest says.
+    """
+    from optpipe import graph, models
+
+    folder, _ = open_bundle(Path(run))
+    problems = verify(folder)
+    if problems:
+        raise UsageError(f"{folder}: {problems[0]}")
+    saved = store.from_json(Saved, (folder / "plan.json").read_bytes())
+    original = models.load_model(saved.model, Path(saved.search_folder))
+    candidate = graph.apply(original, saved.plan, saved.input_shape)
+    load_weights(candidate, folder / "model.safetensors")
+    return candidate.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a network of the same structure from safetensors, in place.
+
+    Raises:
+        UsageError: the file is missing or its keys or shapes are another network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: does not fit the network: {first}") from None
+
+
+def verify(run: Path) -> list[str]:
+    """What is wrong with a bundle, a line each; nothing when every file is as the manifest says.
+
+    Raises:
+        UsageError: there is no bundle.
+    """
+    folder, manifest = open_bundle(run)
+    problems: list[str] = []
+    for name, file in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: is missing")
+        elif (found := store.file_sha256(path)) != file.sha256:
+            problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
+    return problems
+
+
+def open_bundle(run: Path) -> tuple[Path, Manifest]:
+    """The bundle's folder and its manifest; ``run`` is the run's folder or its ``deploy`` folder.
+
+    Raises:
+        UsageError: there is no bundle, or its manifest cannot be read.
+    """
+    for folder in (run / "deploy", run):
+        path = folder / MANIFEST
+        if path.is_file():
+            try:
+                return folder, store.from_json(Manifest, path.read_bytes())
+            except ValidationError as error:
+                raise UsageError(f"{path}: is no manifest of optpipe: {error.error_count()} errors") from None
+    raise UsageError(f"{run}: holds no deploy bundle (no {MANIFEST}); has the run finished?")
