@@ -1,0 +1,163 @@
+"""``optpipe bench``: one engine by itself or two in turn, with figures named as trtexec names them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from optpipe import plugins, store, timing
+from optpipe.deploy.bundle import open_bundle
+from optpipe.errors import MissingError, UsageError
+from optpipe.types import Backend, Latency, Session, Target
+
+TOLERANCE = 0.001
+"""Half-width at which a paired measurement ends early: what is asked for here is the duration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One model's figures; ``throughput_qps`` counts batches, ``images_per_s`` images."""
+
+    model: str
+    target: Target
+    latency: Latency
+    throughput_qps: float
+    images_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Benched:
+    """``other`` is what ``--vs`` named; the model's latency then holds the ratio to it."""
+
+    model: Timed
+    other: Timed | None = None
+
+
+def bench(
+    model: Path,
+    other: Path | None,
+    *,
+    batch: int | None,
+    threads: int | None,
+    warmup_ms: int,
+    duration_s: float,
+) -> Benched:
+    """Time ``model``, in turn with ``other`` where one is given; both are ONNX files or runs.
+
+    Raises:
+        UsageError: a path is neither, or the two models take different inputs.
+        MissingError: this machine cannot run the target.
+    """
+    onnx, target = _locate(model, batch, threads)
+    backend = plugins.backend(target.backend)
+    missing = backend.missing(target)
+    if missing:
+        raise MissingError(missing)
+    fingerprint = backend.fingerprint(target)
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(_session(backend, onnx, target))
+        if other is None:
+            stack.enter_context(timing.device_lock(target.device))
+            alone = timing.single(
+                session, tolerance=TOLERANCE, budget_s=duration_s, warmup_s=warmup_ms / 1000, seed=0
+            )
+            return Benched(_timed(model, target, alone.latency(fingerprint)))
+        other_onnx, other_target = _locate(other, target.batch, target.threads)
+        if other_target.input_shape != target.input_shape:
+            raise UsageError(
+                f"{other}: takes {other_target.input_shape}, {model} {target.input_shape}: not comparable"
+            )
+        baseline = stack.enter_context(_session(backend, other_onnx, target))
+        stack.enter_context(timing.device_lock(target.device))
+        both = timing.paired(
+            baseline, session, tolerance=TOLERANCE, budget_s=duration_s, warmup_s=warmup_ms / 1000, seed=0
+        )
+    return Benched(
+        _timed(model, target, both.candidate(fingerprint)), _timed(other, target, both.baseline(fingerprint))
+    )
+
+
+def as_json(benched: Benched) -> str:
+    """The figures as JSON."""
+    return store.to_json(benched)
+
+
+def as_text(benched: Benched) -> str:
+    """The figures as trtexec prints them, and the ratio where two were timed."""
+    lines = _summary(benched.model)
+    if benched.other is not None:
+        lines += ["", *_summary(benched.other)]
+        latency = benched.model.latency
+        assert latency.ratio_to_baseline is not None and latency.ratio_ci95 is not None
+        low, high = latency.ratio_ci95
+        lines += [
+            "",
+            f"Ratio {benched.model.model} / {benched.other.model}: {latency.ratio_to_baseline:.4f} "
+            f"(95% interval {low:.4f} to {high:.4f}, {latency.samples} runs of each, in turn)",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(timed: Timed) -> list[str]:
+    latency = timed.latency
+    return [
+        f"=== {timed.model} ({timed.target.backend}, batch {timed.target.batch}, "
+        f"{latency.fingerprint.device}, {latency.fingerprint.threads} threads) ===",
+        f"Throughput: {timed.throughput_qps:.2f} qps ({timed.images_per_s:.1f} images/s)",
+        f"{latency.headline}: min = {latency.min_ms:.4f} ms, max = {latency.max_ms:.4f} ms, "
+        f"mean = {latency.mean_ms:.4f} ms, median = {latency.median_ms:.4f} ms, "
+        f"percentile(90%) = {latency.p90_ms:.4f} ms, percentile(95%) = {latency.p95_ms:.4f} ms, "
+        f"percentile(99%) = {latency.p99_ms:.4f} ms",
+        f"Samples: {latency.samples}, after {latency.warmup} of warm-up",
+    ]
+
+
+def _timed(path: Path, target: Target, latency: Latency) -> Timed:
+    rate = 1000.0 / latency.mean_ms
+    return Timed(str(path), target, latency, rate, rate * target.batch)
+
+
+@contextlib.contextmanager
+def _session(backend: Backend, onnx: Path, target: Target) -> Iterator[Session]:
+    with tempfile.TemporaryDirectory() as folder:
+        session = backend.load(backend.build(onnx, target, Path(folder)), target)
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def _locate(path: Path, batch: int | None, threads: int | None) -> tuple[Path, Target]:
+    """The ONNX file behind a path, and the target to time it on: the run's own, or the CPU."""
+    if path.is_dir():
+        folder, manifest = open_bundle(path)
+        target = manifest.target
+        target = dataclasses.replace(target, batch=batch or target.batch, threads=threads or target.threads)
+        return folder / "model.onnx", target
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file or run")
+    fixed, shape = _input_shape(path)
+    if fixed and batch not in (None, fixed):
+        raise UsageError(f"{path}: takes batches of {fixed} only, not {batch}")
+    return path, Target("onnxruntime", batch or fixed or 1, shape, threads=threads)
+
+
+def _input_shape(path: Path) -> tuple[int, tuple[int, int, int]]:
+    """The batch (0 where it is free) and (C, H, W)."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise UsageError(f"{path}: is no ONNX model: {error}") from None
+    if not model.graph.input:
+        raise UsageError(f"{path}: is no ONNX model: it has no input")
+    dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    if len(dims) != 4 or not all(dims[1:]):
+        raise UsageError(f"{path}: its first input is {dims}; images (N, C, H, W) of a fixed size are needed")
+    return dims[0], (dims[1], dims[2], dims[3])
