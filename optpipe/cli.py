@@ -1,0 +1,228 @@
+"""The command line: parses, calls, prints. The only file that imports click; torch is imported late.
+
+Exit codes: 0 fine, 1 gate not met, 2 bad usage or recipe, 3 something missing on this machine, 4 the run
+failed, 130 interrupted. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from optpipe import __version__
+from optpipe.errors import GateError, OptpipeError
+
+RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+RUN = click.argument("run", type=click.Path(path_type=Path))
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Replace a value of the recipe."
+)
+DEBUG = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+
+
+class Commands(click.Group):
+    """A group whose unknown commands name the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; an unknown word gets a suggestion."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if not near or near[0] in error.message:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{near[0]}'?", ctx) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="optpipe")
+def cli() -> None:
+    """Make a trained vision network faster on your device, and know what it costs in accuracy.
+
+    Exit codes: 0 fine, 1 gate not met, 2 bad usage or recipe, 3 something missing on this machine,
+    4 the run failed, 130 interrupted.
+    """
+
+
+@cli.command()
+@RECIPE
+@click.option("--gpu", is_flag=True, help="Build and time engines on the NVIDIA GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder [runs/NAME].")
+@SET
+@click.option("--fresh", is_flag=True, help="Move an earlier run in the folder aside and start anew.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the full recipe, write nothing.")
+@click.option("--quiet", is_flag=True, help="Only warnings and the summary.")
+@DEBUG
+def run(
+    recipe: Path,
+    *,
+    gpu: bool,
+    out: Path | None,
+    overrides: Sequence[str],
+    fresh: bool,
+    dry_run: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Run a RECIPE: ingest, analyze, prune, recover, export, benchmark.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    from optpipe import recipe as recipes
+
+    loaded = recipes.load(recipe, [*overrides, *(['target.device="cuda"'] if gpu else [])])
+    folder = out or Path("runs") / loaded.run.name
+    from optpipe import pipeline
+    from optpipe.console import EventConsole
+    from optpipe.report import markdown
+
+    setup = pipeline.prepare(loaded)
+    if dry_run:
+        click.echo(setup.frozen, nl=False)
+        click.echo(f"{recipe} is fine; it would run in {folder}", err=True)
+        return
+    with EventConsole(quiet) as console:
+        report = pipeline.run(setup, folder, fresh=fresh, emit=console.show)
+    for line in markdown.summary(report, str(folder)):
+        click.echo(line)
+
+
+@cli.command()
+@RECIPE
+@SET
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DEBUG
+def inspect(recipe: Path, overrides: Sequence[str], as_json: bool, debug: bool) -> None:
+    """List every block and channel group of a RECIPE's network, droppable or why not."""
+    from optpipe import inspection
+    from optpipe import recipe as recipes
+
+    shown = inspection.inspect_recipe(recipes.load(recipe, overrides))
+    click.echo(inspection.as_json(shown) if as_json else inspection.as_text(shown), nl=False)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx|RUN")
+@click.option(
+    "--vs", type=click.Path(path_type=Path), help="Another model or run, timed in turn with the first."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [the run's, or 1].")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads [the run's, or all cores].")
+@click.option("--warmUp", "warmup_ms", type=click.IntRange(min=0), default=200, show_default=True, help="ms.")
+@click.option("--duration", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DEBUG
+def bench(
+    model: Path,
+    vs: Path | None,
+    *,
+    batch: int | None,
+    threads: int | None,
+    warmup_ms: int,
+    duration: float,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Time an ONNX model or a run's result; with --vs two of them in turn, with the ratio's interval."""
+    from optpipe import bench as benches
+
+    measured = benches.bench(
+        model, vs, batch=batch, threads=threads, warmup_ms=warmup_ms, duration_s=duration
+    )
+    click.echo(benches.as_json(measured) if as_json else benches.as_text(measured), nl=False)
+
+
+@cli.command()
+@RUN
+@click.option("--max-accuracy-drop", type=float, required=True, metavar="P", help="Percentage points.")
+@click.option("--min-latency-reduction", type=float, required=True, metavar="P", help="Percent.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the checks as JUnit XML.")
+@DEBUG
+def gate(
+    run: Path, *, max_accuracy_drop: float, min_latency_reduction: float, junit: Path | None, debug: bool
+) -> None:
+    """Hold a finished RUN against limits; exit code 1 when one is not met."""
+    from optpipe import store
+    from optpipe.report import build
+    from optpipe.report import gate as gates
+
+    report = build.read(run)
+    checks = gates.check(report, max_accuracy_drop, min_latency_reduction)
+    if junit is not None:
+        store.write_atomically(junit, gates.junit(report, checks))
+    for check in checks:
+        click.echo(f"{'PASSED' if check.passed else 'FAILED'} {check.name}: {check.message}")
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise GateError(f"{run}: {' and '.join(failed)} not met")
+
+
+@cli.command()
+@RUN
+@DEBUG
+def verify(run: Path, debug: bool) -> None:
+    """Check every sha256 in the manifest of a RUN's deploy bundle."""
+    from optpipe.deploy import bundle
+
+    problems = bundle.verify(run)
+    for problem in problems:
+        click.echo(f"FAILED {problem}")
+    if problems:
+        raise GateError(f"{run}: {len(problems)} files are not what the manifest says")
+    click.echo("PASSED every file is as the manifest says")
+
+
+@cli.command()
+@DEBUG
+def doctor(debug: bool) -> None:
+    """Say what this machine can run, and what is missing for the rest."""
+    from optpipe import environment
+
+    for finding in environment.examine(Path.cwd()):
+        mend = f"; {finding.mend}" if finding.mend else ""
+        click.echo(f"{'ok     ' if finding.fine else 'missing'} {finding.subject}: {finding.detail}{mend}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and turns every failure into one line and its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        cli.main(args=words, prog_name="optpipe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except OptpipeError as error:
+        _fail(f"Error: {error}", error.exit_code, words)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"Error: {where}{error.strerror or error}", 4, words)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        _fail(f"Error: unexpected {type(error).__name__}: {text} (--debug shows where)", 4, words)
+
+
+def _fail(message: str, code: int, words: Sequence[str]) -> None:
+    if "--debug" in words:
+        traceback.print_exc()
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
