@@ -308,8 +308,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         RunError: the disk is full or the folder cannot be written.
     """
+    import torch
     from safetensors.torch import save
 
     # Copies, since safetensors refuses tensors that share memory (tied weights); and its own writing to a
     # file reports a full disk as an error in the tensors.
-    write_atomically(path, save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}))
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    write_atomically(path, save(copies))
