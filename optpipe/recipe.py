@@ -291,7 +291,7 @@ def _override(raw: dict[str, typing.Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
     table = raw
     for part in path[:-1]:
         table = table.setdefault(part, {})

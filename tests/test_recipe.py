@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optpipe import recipe as recipes
+from optpipe.data import DataSpec, Preprocess
+from optpipe.errors import UsageError
+from optpipe.models import ModelSpec
+from optpipe.types import Budget, Tune
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GOOD = """
+[model]
+name = "zoo:resnet20_cifar"
+classes = 10
+
+[data]
+calibration = { source = "few.npz", labels = false, count = 200 }
+evaluation = { source = "many.npz" }
+
+[data.preprocess]
+size = [32, 32]
+mean = [0.5]
+std = [0.25]
+
+[target]
+batch = 8
+threads = 2
+
+[method]
+name = "practise"
+scorer = "fast"
+
+[recover]
+steps = 300
+
+[budget]
+latency_reduction = 0.25
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message with which a recipe is refused, which must be one line, without the recipe's path."""
+    with pytest.raises(UsageError) as error:
+        recipes.load(path, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    assert error.value.exit_code == 2
+    return message.replace(f"{path}: ", "")
+
+
+def changed(path: Path, old: str, new: str) -> Path:
+    assert GOOD.count(old) == 1
+    path.write_text(GOOD.replace(old, new), encoding="utf-8")
+    return path
+
+
+def test_a_recipe_is_read_into_its_types(good: Path) -> None:
+    recipe = recipes.load(good)
+    assert recipe.model == ModelSpec("zoo:resnet20_cifar", classes=10)
+    assert recipe.data.calibration == DataSpec("few.npz", labels=False, count=200)
+    assert recipe.data.preprocess == Preprocess((0.5,), (0.25,), (32, 32))
+    assert recipe.budget == Budget(latency_reduction=0.25)
+    assert (recipe.method_name, recipe.method, recipe.recover) == (
+        "practise",
+        {"scorer": "fast"},
+        {"steps": 300},
+    )
+    assert recipe.folder == good.parent
+
+
+def test_what_is_left_out_has_defaults(good: Path) -> None:
+    recipe = recipes.load(good)
+    assert recipe.run == recipes.RunTable("mine")
+    assert recipe.timing == recipes.TimingTable()
+    assert recipe.target == recipes.TargetTable(batch=8, threads=2)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_a_missing_recipe_names_the_nearest(good: Path) -> None:
+    wrong = good.with_name("mina.toml")
+    assert refusal(wrong) == f"there is no such recipe; did you mean {good}?"
+
+
+def test_a_missing_recipe_far_from_all_others_names_none(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "x.toml") == "there is no such recipe"
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == "is a folder; name the .toml file in it"
+
+
+def test_a_recipe_below_a_file_cannot_be_read(good: Path) -> None:
+    assert refusal(good / "inner.toml") == "cannot be read: Not a directory"
+
+
+def test_invalid_toml_says_where(good: Path) -> None:
+    good.write_text("[model]\nname = \n", encoding="utf-8")
+    assert refusal(good) == "is not valid TOML: Invalid value (at line 2, column 8)"
+
+
+def test_a_recipe_that_is_not_text_is_refused(good: Path) -> None:
+    good.write_bytes(b"\xff\xfe\x00")
+    assert refusal(good).startswith("is not valid TOML: 'utf-8' codec can't decode byte 0xff")
+
+
+# ---------------------------------------------------------------- tables and keys
+
+
+def test_an_unknown_table_names_the_nearest(good: Path) -> None:
+    assert refusal(changed(good, "[budget]", "[budgets]")) == (
+        "[budgets]: unknown table; did you mean budget?"
+    )
+
+
+def test_an_unknown_table_far_from_all_lists_them(good: Path) -> None:
+    assert refusal(changed(good, "[budget]", "[zzz]")) == (
+        "[zzz]: unknown table; valid are model, data, target, timing, method, recover, budget, run"
+    )
+
+
+def test_a_value_where_a_table_belongs_is_refused(good: Path) -> None:
+    good.write_text('model = "zoo:resnet20_cifar"\n', encoding="utf-8")
+    assert refusal(good) == "model = 'zoo:resnet20_cifar': is a table: write [model]"
+
+
+@pytest.mark.parametrize("table", ["model", "data", "method", "budget"])
+def test_a_missing_table_is_named(good: Path, table: str) -> None:
+    if table == "data":
+        text = GOOD[: GOOD.index("[data]")] + GOOD[GOOD.index("[target]") :]
+    else:
+        head, tail = GOOD.split(f"[{table}]")
+        text = head + ("[" + tail.split("[", 1)[1] if "[" in tail else "")
+    good.write_text(text, encoding="utf-8")
+    assert refusal(good) == f"[{table}]: this table is missing"
+
+
+def test_an_unknown_key_names_table_value_and_the_nearest(good: Path) -> None:
+    assert refusal(changed(good, "batch = 8", "bach = 8")) == (
+        "[target] bach = 8: unknown key; did you mean batch?"
+    )
+
+
+def test_an_unknown_key_far_from_all_lists_them(good: Path) -> None:
+    assert refusal(changed(good, "batch = 8", "zzz = true")) == (
+        "[target] zzz = true: unknown key; valid are backend, precision, batch, device, threads, options"
+    )
+
+
+def test_a_nested_unknown_key_is_named_by_its_whole_path(good: Path) -> None:
+    path = changed(good, 'source = "few.npz"', 'sorce = "few.npz"')
+    assert refusal(path) == '[data.calibration] sorce = "few.npz": unknown key; did you mean source?'
+
+
+def test_a_missing_key_is_named(good: Path) -> None:
+    assert refusal(changed(good, 'name = "zoo:resnet20_cifar"\n', "")) == "[model] name: is missing"
+
+
+def test_a_nested_missing_key_is_named(good: Path) -> None:
+    assert refusal(changed(good, 'source = "many.npz"', "")) == "[data.evaluation] source: is missing"
+
+
+def test_evaluation_images_must_be_named(good: Path) -> None:
+    path = changed(good, 'evaluation = { source = "many.npz" }\n', "")
+    assert refusal(path) == "[data] evaluation: is missing"
+
+
+def test_the_normalisation_must_be_given(good: Path) -> None:
+    path = changed(good, "[data.preprocess]\nsize = [32, 32]\nmean = [0.5]\nstd = [0.25]\n", "")
+    assert refusal(path) == "[data.preprocess] mean: is missing"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('target.batch="8"', '[target] batch = "8": should be a valid integer'),
+        ("target.batch=8.5", "[target] batch = 8.5: should be a valid integer"),
+        ("target.batch=true", "[target] batch = true: should be a valid integer"),
+        ("model.name=3", "[model] name = 3: should be a valid string"),
+        ("run.cache=1", "[run] cache = 1: should be a valid boolean"),
+        ("target.precision=fp8", "[target] precision = \"fp8\": should be 'fp32', 'fp16' or 'int8'"),
+        ("data.preprocess.size=[32]", "[data.preprocess] size[1]: is missing"),
+        (
+            'data.preprocess.size=[32, "x"]',
+            '[data.preprocess] size[1] = "x": should be a valid integer',
+        ),
+        ("data.preprocess.mean=0.5", "[data.preprocess] mean = 0.5: should be a valid array"),
+        ("target.options={a=1}", "[target.options] a = 1: should be a valid string"),
+        ("data.calibration=few.npz", '[data] calibration = "few.npz": should be an object'),
+    ],
+)
+def test_an_ill_typed_value_says_what_it_should_be(good: Path, override: str, message: str) -> None:
+    assert refusal(good, override) == message
+
+
+def test_a_whole_number_is_a_fraction_too(good: Path) -> None:
+    assert recipes.load(good, ["timing.budget_s=2"]).timing.budget_s == 2.0
+
+
+@pytest.mark.parametrize("line", ["", "name = 3\n"])
+def test_the_method_must_be_named(good: Path, line: str) -> None:
+    path = changed(good, 'name = "practise"\n', line)
+    assert refusal(path) == '[method] name: must name a method, for example name = "practise"'
+
+
+# ---------------------------------------------------------------- ranges
+
+
+def test_several_budgets_are_refused(good: Path) -> None:
+    assert refusal(good, "budget.drop_blocks=3") == (
+        "[budget]: give exactly one of latency_reduction, latency_ms, drop_blocks; given: "
+        "latency_reduction, drop_blocks"
+    )
+
+
+def test_no_budget_is_refused(good: Path) -> None:
+    assert refusal(changed(good, "latency_reduction = 0.25\n", "")) == (
+        "[budget]: give exactly one of latency_reduction, latency_ms, drop_blocks; given: none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.latency_reduction=1.0", "[budget] latency_reduction = 1.0: must be between 0 and 1"),
+        ("budget.latency_reduction=0.0", "[budget] latency_reduction = 0.0: must be between 0 and 1"),
+        ("budget.latency_reduction=-0.1", "[budget] latency_reduction = -0.1: must be between 0 and 1"),
+        ("budget.latency_reduction=nan", "[budget] latency_reduction = nan: must be between 0 and 1"),
+        ("target.batch=0", "[target] batch = 0: must be above 0 and finite"),
+        ("target.threads=0", "[target] threads = 0: must be above 0 and finite"),
+        ("timing.tolerance=1.0", "[timing] tolerance = 1.0: must be between 0 and 1"),
+        ("timing.budget_s=inf", "[timing] budget_s = inf: must be above 0 and finite"),
+        ("timing.final_budget_s=-1.0", "[timing] final_budget_s = -1.0: must be above 0 and finite"),
+        ("timing.drift=0.0", "[timing] drift = 0.0: must be above 0 and finite"),
+        ("run.checkpoint_every=0", "[run] checkpoint_every = 0: must be above 0 and finite"),
+        ("run.seed=-1", "[run] seed = -1: must not be below 0"),
+        ("run.name=../elsewhere", '[run] name = "../elsewhere": must be a plain folder name'),
+        ("run.name=", '[run] name = "": must be a plain folder name'),
+        ("run.name=.hidden", '[run] name = ".hidden": must be a plain folder name'),
+    ],
+)
+def test_a_value_out_of_range_is_refused(good: Path, override: str, message: str) -> None:
+    assert refusal(good, override) == message
+
+
+@pytest.mark.parametrize("budget", ["latency_ms = 0.0", "drop_blocks = 0"])
+def test_other_budgets_must_be_above_zero(good: Path, budget: str) -> None:
+    key, value = budget.split(" = ")
+    path = changed(good, "latency_reduction = 0.25", budget)
+    assert refusal(path) == f"[budget] {key} = {value}: must be above 0 and finite"
+
+
+# ---------------------------------------------------------------- environment variables
+
+
+def test_an_environment_variable_is_taken(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTPIPE_TEST_DATA", "/images")
+    path = changed(good, '"few.npz"', '"${OPTPIPE_TEST_DATA}/few.npz"')
+    assert recipes.load(path).data.calibration.source == "/images/few.npz"
+
+
+def test_an_undefined_environment_variable_is_named_with_its_place(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPTPIPE_TEST_DATA", raising=False)
+    path = changed(good, '"few.npz"', '"${OPTPIPE_TEST_DATA}/few.npz"')
+    assert refusal(path) == (
+        '[data.calibration] source = "${OPTPIPE_TEST_DATA}/few.npz": '
+        "environment variable OPTPIPE_TEST_DATA is not set"
+    )
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "here"), ("", "here"), ("there", "there")])
+def test_a_default_stands_in_as_in_the_shell(
+    good: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, expected: str
+) -> None:
+    if value is None:
+        monkeypatch.delenv("OPTPIPE_TEST_DATA", raising=False)
+    else:
+        monkeypatch.setenv("OPTPIPE_TEST_DATA", value)
+    path = changed(good, '"few.npz"', '"${OPTPIPE_TEST_DATA:-here}/few.npz"')
+    assert recipes.load(path).data.calibration.source == f"{expected}/few.npz"
+
+
+def test_an_empty_default_is_a_default(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPTPIPE_TEST_DATA", raising=False)
+    path = changed(good, '"few.npz"', '"${OPTPIPE_TEST_DATA:-}few.npz"')
+    assert recipes.load(path).data.calibration.source == "few.npz"
+
+
+# ---------------------------------------------------------------- --set
+
+
+def test_overrides_replace_and_add(good: Path) -> None:
+    recipe = recipes.load(
+        good,
+        [
+            "budget.latency_reduction=0.5",
+            "target.device = cpu",
+            'run.name="other"',
+            "data.calibration.count=7",
+            "timing.tolerance=0.01",
+            "data.preprocess.size=[28, 28]",
+            "model.name=a=b",
+        ],
+    )
+    assert recipe.budget.latency_reduction == 0.5
+    assert recipe.target.device == "cpu"
+    assert recipe.run.name == "other"
+    assert recipe.data.calibration.count == 7
+    assert recipe.timing.tolerance == 0.01
+    assert recipe.data.preprocess.size == (28, 28)
+    assert recipe.model.name == "a=b"
+
+
+@pytest.mark.parametrize("override", ["budget", "budget=3", "=3", "budget.latency_reduction"])
+def test_an_override_without_table_key_and_value_is_refused(good: Path, override: str) -> None:
+    assert refusal(good, override) == (
+        f"--set {override}: write table.key=value, for example budget.latency_reduction=0.3"
+    )
+
+
+def test_an_override_below_a_value_is_refused(good: Path) -> None:
+    assert refusal(good, "model.name.first=3") == "--set model.name.first=3: name is a value, not a table"
+
+
+def test_an_unknown_key_in_an_override_names_the_nearest(good: Path) -> None:
+    assert refusal(good, "timing.tolerence=0.1") == (
+        "[timing] tolerence = 0.1: unknown key; did you mean tolerance?"
+    )
+
+
+# ---------------------------------------------------------------- what the method adds
+
+
+def test_a_table_is_merged_into_defaults(good: Path) -> None:
+    merged = recipes.merge(Tune(steps=5, lr=0.1), {"steps": 9}, good, "recover")
+    assert merged == Tune(steps=9, lr=0.1)
+
+
+def test_a_merged_table_is_checked_as_any_other(good: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        recipes.merge(Tune(steps=5), {"step": 9}, good, "recover")
+    assert str(error.value) == f"{good}: [recover] step = 9: unknown key; did you mean steps?"
+    with pytest.raises(UsageError) as error:
+        recipes.merge(Tune(steps=5), {"loss": "mse"}, good, "recover")
+    assert str(error.value) == (
+        f"{good}: [recover] loss = \"mse\": should be 'features' or 'features+logits'"
+    )
+
+
+def test_the_frozen_copy_parses_back_to_the_same_recipe(good: Path) -> None:
+    recipe = recipes.load(good, ["run.seed=3", "target.options.level=high"])
+    method, recover = recipe.method, Tune(steps=300)
+    frozen = recipe.frozen(method, recover)
+    good.write_text(frozen, encoding="utf-8")
+    again = recipes.load(good)
+    for table in ("model", "data", "target", "timing", "method_name", "method", "budget", "run"):
+        assert getattr(again, table) == getattr(recipe, table)
+    assert recipes.merge(Tune(steps=1), again.recover, good, "recover") == recover
+    assert again.frozen(again.method, recover) == frozen
+
+
+def test_the_frozen_copy_writes_defaults_out(good: Path) -> None:
+    frozen = recipes.load(good).frozen({}, Tune(steps=300))
+    for line in ("final_budget_s = 10.0", "checkpoint_every = 50", "momentum = 0.9", 'name = "mine"'):
+        assert line in frozen.splitlines()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPTPIPE_DATA", raising=False)
+    default = recipes.load(path)
+    assert default.run.name == path.stem
+    assert default.frozen(default.method, default.recover)
+    monkeypatch.setenv("OPTPIPE_DATA", "/elsewhere")
+    moved = recipes.load(path)
+    if "OPTPIPE_DATA" in path.read_text(encoding="utf-8"):
+        assert moved.data.evaluation.source.startswith("/elsewhere/")
+    else:
+        assert (path.parent / moved.data.evaluation.source).is_file()
+
+
+def test_reading_a_recipe_loads_no_torch(good: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from optpipe import recipe; "
+        "recipe.load(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(good)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == "False"
