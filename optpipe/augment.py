@@ -1,0 +1,75 @@
+"""Random views of a batch (N, C, H, W), whole batches at once. Pure: random numbers come from a generator.
+
+The targets are the original network's own features of the same view, so a view need not keep its class.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+SHIFT_SHARE = 1 / 8
+"""How far a shift moves an image: 4 pixels of 32."""
+
+
+def augment(kind: str, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random view of every image; ``kind`` is that of :class:`~optpipe.types.Tune`."""
+    if kind == "resized_crop":
+        return flip(resized_crop(images, generator), generator)
+    if kind == "shift_cutmix":
+        return cutmix(flip(shift(images, generator), generator), generator)
+    return images
+
+
+def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored left to right with probability 1/2."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image moved by up to an eighth of its size each way; what comes in is its reflection."""
+    count, _, height, width = images.shape
+    pad_h, pad_w = max(1, round(height * SHIFT_SHARE)), max(1, round(width * SHIFT_SHARE))
+    padded = F.pad(images, (pad_w, pad_w, pad_h, pad_h), mode="reflect")
+    top = torch.randint(0, 2 * pad_h + 1, (count,), generator=generator)
+    left = torch.randint(0, 2 * pad_w + 1, (count,), generator=generator)
+    rows = (top[:, None] + torch.arange(height)).to(images.device)
+    columns = (left[:, None] + torch.arange(width)).to(images.device)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutmix(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image with a box of another of the batch in its place (Yun et al., CutMix, ICCV 2019).
+
+    The box has the image's aspect ratio, an area uniform in 0..1 of it, and a uniform centre.
+    """
+    count, _, height, width = images.shape
+    partner = images[torch.randperm(count, generator=generator).to(images.device)]
+    side, centre_y, centre_x = torch.rand(3, count, 1, generator=generator)
+    half = side.sqrt() / 2
+    rows = ((torch.arange(height) + 0.5) / height - centre_y).abs() < half
+    columns = ((torch.arange(width) + 0.5) / width - centre_x).abs() < half
+    inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)
+    return torch.where(inside, partner, images)
+
+
+def resized_crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image replaced by a crop of 8% to 100% of its area, of aspect ratio 3/4 to 4/3, resized back.
+
+    These are the customary settings of ImageNet training, which PRACTISE uses.
+    """
+    count, _, height, width = images.shape
+    area = 0.08 + 0.92 * torch.rand(count, generator=generator)
+    log_ratio = (2 * torch.rand(count, generator=generator) - 1) * math.log(4 / 3)
+    ratio = log_ratio.exp().sqrt()
+    share_w, share_h = (area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)
+    move_x, move_y = 2 * torch.rand(2, count, generator=generator) - 1
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = share_w, share_h
+    theta[:, 0, 2], theta[:, 1, 2] = move_x * (1 - share_w), move_y * (1 - share_h)
+    grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
