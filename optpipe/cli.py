@@ -176,7 +176,7 @@ def verify(run: Path, debug: bool) -> None:
     for problem in problems:
         click.echo(f"FAILED {problem}")
     if problems:
-        raise GateError(f"{run}: {len(problems)} files are not what the manifest says")
+        raise GateError(f"{run}: files that are not what the manifest says: {len(problems)}")
     click.echo("PASSED every file is as the manifest says")
 
 
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; the same command goes on from here", err=True)
+        click.echo("Interrupted; given again, the same command takes a run on from here", err=True)
         sys.exit(130)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -1,0 +1,404 @@
+"""The command line as a user meets it: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from conftest import WriteOnnx, make_report
+
+from optpipe import __version__, cli
+from optpipe.data import Preprocess
+from optpipe.deploy import Saved, write_bundle
+from optpipe.errors import GateError, MissingError, OptpipeError, RunError, UsageError
+from optpipe.models import ModelSpec
+from optpipe.report import build
+from optpipe.types import Plan, Target
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def optpipe(capsys: pytest.CaptureFixture[str]) -> Call:
+    """A function that runs a command line, and returns exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code: int | str | None = 0
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a finished run: a report that saves 25% for one point, without a bundle."""
+    folder = tmp_path / "run"
+    build.write(folder, make_report())
+    return folder
+
+
+@pytest.fixture
+def bundled(finished: Path, write_onnx: WriteOnnx) -> Path:
+    """A finished run with a bundle, whose ONNX runs."""
+    from torch import nn
+
+    folder = finished / "deploy"
+    folder.mkdir()
+    write_onnx("model.onnx", size=16).rename(folder / "model.onnx")
+    target = Target("onnxruntime", 4, (3, 16, 16), threads=1)
+    saved = Saved(ModelSpec("zoo:resnet20_cifar"), "/", Plan(), (3, 16, 16), Preprocess((0.5,), (0.5,)))
+    write_bundle(folder, nn.Linear(2, 2), saved, target, [])
+    return finished
+
+
+GATE = ("--max-accuracy-drop", 1, "--min-latency-reduction", 20)
+QUICK = ("--duration", 0.1, "--warmUp", 10, "--threads", 1)
+
+# ---------------------------------------------------------------- exit codes
+
+
+def test_what_went_well_exits_0_with_its_result_on_stdout_alone(optpipe: Call, finished: Path) -> None:
+    code, out, err = optpipe("gate", finished, *GATE)
+    assert (code, err) == (0, "")
+    assert out == (
+        "PASSED accuracy: top1 drop 1.00 points, at most 1 allowed\n"
+        "PASSED latency: latency reduction 25.00%, at least 20% asked\n"
+    )
+
+
+def test_a_gate_that_is_not_met_exits_1(optpipe: Call, finished: Path) -> None:
+    code, out, err = optpipe("gate", finished, "--max-accuracy-drop", 0.5, "--min-latency-reduction", 30)
+    assert (code, err) == (1, f"Error: {finished}: accuracy and latency not met\n")
+    assert out == (
+        "FAILED accuracy: top1 drop 1.00 points, at most 0.5 allowed\n"
+        "FAILED latency: latency reduction 25.00%, at least 30% asked\n"
+    )
+
+
+def test_a_recipe_that_is_wrong_exits_2(optpipe: Call, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[modle]\n", encoding="utf-8")
+    for command in ("run", "inspect"):
+        code, out, err = optpipe(command, path)
+        assert (code, out) == (2, "")
+        assert err == f"Error: {path}: [modle]: unknown table; did you mean model?\n"
+
+
+def test_a_path_that_is_missing_exits_2(optpipe: Call, tmp_path: Path) -> None:
+    for words in (("gate", tmp_path / "x", *GATE), ("verify", tmp_path / "x"), ("bench", tmp_path / "x")):
+        code, out, err = optpipe(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"Error: {tmp_path / 'x'}")
+        assert err.count("\n") == 1
+
+
+def test_a_missing_package_exits_3_and_says_how_to_get_it(
+    optpipe: Call, write_onnx: WriteOnnx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # None in sys.modules is what Python itself takes for "not installed".
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, out, err = optpipe("bench", write_onnx("a.onnx"), *QUICK)
+    assert (code, out) == (3, "")
+    assert err == "Error: the package onnxruntime is not installed: pip install 'optpipe[cpu]'\n"
+
+
+def test_a_file_that_cannot_be_written_exits_4(optpipe: Call, finished: Path) -> None:
+    path = finished / "report.json" / "junit.xml"
+    code, _, err = optpipe("gate", finished, *GATE, "--junit", path)
+    assert code == 4
+    assert err.startswith(f"Error: {path}: cannot be written: ")
+    assert err.count("\n") == 1
+
+
+def test_an_engine_that_cannot_run_exits_4(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    from onnx import load, save
+
+    path = write_onnx("a.onnx")
+    model = load(path)
+    model.graph.node[0].op_type = "Convolution"
+    save(model, path)
+    code, out, err = optpipe("bench", path, *QUICK)
+    assert (code, out) == (4, "")
+    assert err.startswith("Error: ")
+    assert "Convolution" in err
+    assert err.count("\n") == 1
+
+
+def test_an_interrupt_exits_130(write_onnx: WriteOnnx) -> None:
+    words = ["bench", str(write_onnx("a.onnx")), "--duration", "60", "--threads", "1"]
+    with subprocess.Popen(
+        # Python ignores an interrupt whose signal its parent ignored, as shells do for what runs behind them.
+        [sys.executable, "-c", STARTED, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "measuring\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.strip() == "Interrupted; given again, the same command takes a run on from here"
+
+
+STARTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from optpipe import cli, timing
+measure = timing.single
+def announced(*arguments, **options):
+    print("measuring", file=sys.stderr, flush=True)
+    return measure(*arguments, **options)
+timing.single = announced
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OptpipeError, 4), (GateError, 1), (UsageError, 2), (MissingError, 3), (RunError, 4)],
+)
+def test_each_kind_of_error_has_its_exit_code(error: type[OptpipeError], code: int) -> None:
+    assert error.exit_code == code
+    assert f"{code} " in (cli.cli.help or "")
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_a_traceback_is_shown_under_debug_alone(optpipe: Call, tmp_path: Path) -> None:
+    _, _, short = optpipe("verify", tmp_path)
+    _, _, long = optpipe("verify", tmp_path, "--debug")
+    assert "Traceback" not in short
+    assert short.count("\n") == 1
+    assert long.startswith("Traceback")
+    assert long.endswith(short)
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(
+    optpipe: Call, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: Path) -> None:
+        raise ZeroDivisionError(f"a\nb {run.name}")
+
+    monkeypatch.setattr(build, "read", broken)
+    code, _, err = optpipe("gate", finished, *GATE)
+    assert code == 4
+    assert err == "Error: unexpected ZeroDivisionError: a b run (--debug shows where)\n"
+    assert "Traceback" in optpipe("gate", finished, *GATE, "--debug")[2]
+
+
+def test_an_error_of_the_system_names_the_file(optpipe: Call, finished: Path) -> None:
+    (finished / "report.json").unlink()
+    (finished / "report.json").mkdir()
+    code, _, err = optpipe("gate", finished, *GATE)
+    assert (code, err) == (4, f"Error: {finished}/report.json: Is a directory\n")
+
+
+def test_an_unknown_command_names_the_nearest(optpipe: Call) -> None:
+    code, out, err = optpipe("inspekt", "recipe.toml")
+    assert (code, out) == (2, "")
+    assert "No such command 'inspekt'" in err
+    assert err.count("Did you mean") == 1
+    assert "inspect" in err
+
+
+def test_an_unknown_command_near_to_none_names_none(optpipe: Call) -> None:
+    code, _, err = optpipe("zzz")
+    assert code == 2
+    assert "Did you mean" not in err
+
+
+def test_an_unknown_option_names_the_nearest(optpipe: Call) -> None:
+    code, _, err = optpipe("run", "recipe.toml", "--fersh")
+    assert code == 2
+    assert "--fersh" in err
+    assert "--fresh" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("run",), ("gate", "run"), ("bench", "a.onnx", "--batch", "0"), ("bench", "a.onnx", "--duration", "x")],
+)
+def test_bad_arguments_exit_2(optpipe: Call, words: tuple[str, ...]) -> None:
+    code, out, err = optpipe(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: optpipe ")
+
+
+def test_no_command_shows_what_there_is(optpipe: Call) -> None:
+    code, out, err = optpipe()
+    assert code == 2
+    for command in ("run", "inspect", "bench", "gate", "verify", "doctor"):
+        assert f"  {command} " in out + err
+
+
+def test_the_version_is_that_of_the_package(optpipe: Call) -> None:
+    assert optpipe("--version") == (0, f"optpipe, version {__version__}\n", "")
+
+
+def test_a_reader_that_goes_away_shows_no_traceback(finished: Path) -> None:
+    command = f"'{sys.executable}' -m optpipe.cli gate '{finished}' --max-accuracy-drop 1"
+    done = subprocess.run(
+        ["bash", "-c", f"({command} --min-latency-reduction 20; echo $? >&2) | true"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr in ("0\n", "1\n"), "the pipe may be closed before or after the two lines are written"
+
+
+# ---------------------------------------------------------------- gate and verify
+
+
+@pytest.mark.parametrize(("reduction", "code", "failures"), [(20, 0, "0"), (30, 1, "1")])
+def test_junit_is_written_whether_or_not_the_gate_is_met(
+    optpipe: Call, finished: Path, reduction: int, code: int, failures: str
+) -> None:
+    path = finished / "checks" / "junit.xml"
+    found, _, _ = optpipe(
+        "gate", finished, "--max-accuracy-drop", 1, "--min-latency-reduction", reduction, "--junit", path
+    )
+    assert found == code
+    assert ElementTree.parse(path).getroot().get("failures") == failures
+
+
+def test_a_bundle_verifies_until_a_byte_is_flipped(optpipe: Call, bundled: Path) -> None:
+    assert optpipe("verify", bundled) == (0, "PASSED every file is as the manifest says\n", "")
+    path = bundled / "deploy" / "model.onnx"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    code, out, err = optpipe("verify", bundled)
+    assert (code, err) == (1, f"Error: {bundled}: files that are not what the manifest says: 1\n")
+    assert out.startswith("FAILED model.onnx: sha256 is ")
+
+
+# ---------------------------------------------------------------- bench
+
+
+def test_bench_prints_the_figures_as_trtexec_names_them(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    path = write_onnx("a.onnx")
+    code, out, err = optpipe("bench", path, *QUICK, "--batch", 2)
+    assert (code, err) == (0, "")
+    head, throughput, latency, samples = out.splitlines()
+    assert head.startswith(f"=== {path} (onnxruntime, batch 2, ")
+    assert throughput.startswith("Throughput: ")
+    assert latency.startswith("Latency: min = ")
+    for figure in ("max = ", "mean = ", "median = ", "percentile(99%) = "):
+        assert figure in latency
+    assert samples.startswith("Samples: ")
+
+
+def test_bench_json_agrees_with_itself(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    _, out, _ = optpipe("bench", write_onnx("a.onnx"), *QUICK, "--batch", 2, "--json")
+    timed = json.loads(out)["model"]
+    assert timed["target"]["batch"] == 2
+    assert timed["target"]["input_shape"] == [3, 16, 16]
+    latency = timed["latency"]
+    assert 0 < latency["min_ms"] <= latency["median_ms"] <= latency["p99_ms"] <= latency["max_ms"]
+    assert timed["throughput_qps"] == pytest.approx(1000 / latency["mean_ms"])
+    assert timed["images_per_s"] == pytest.approx(2 * timed["throughput_qps"])
+    assert latency["ratio_to_baseline"] is None
+
+
+def test_bench_vs_gives_the_ratio_of_two_networks(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    small, large = write_onnx("small.onnx"), write_onnx("large.onnx", layers=8)
+    code, out, _ = optpipe("bench", small, "--vs", large, *QUICK, "--batch", 8, "--json")
+    assert code == 0
+    both = json.loads(out)
+    latency = both["model"]["latency"]
+    low, high = latency["ratio_ci95"]
+    assert low <= latency["ratio_to_baseline"] <= high < 0.7
+    assert both["other"]["latency"]["median_ms"] > both["model"]["latency"]["median_ms"]
+    _, text, _ = optpipe("bench", small, "--vs", large, *QUICK)
+    assert text.splitlines()[-1].startswith(f"Ratio {small} / {large}: 0.")
+
+
+def test_bench_takes_a_run_with_its_own_target(optpipe: Call, bundled: Path, write_onnx: WriteOnnx) -> None:
+    other = write_onnx("other.onnx", layers=2)
+    code, out, _ = optpipe("bench", bundled, "--vs", other, "--duration", 0.1, "--json")
+    assert code == 0
+    assert json.loads(out)["model"]["target"]["batch"] == 4
+    assert json.loads(out)["other"]["target"]["batch"] == 4
+    _, out, _ = optpipe("bench", bundled / "deploy", *QUICK, "--batch", 2, "--json")
+    assert json.loads(out)["model"]["target"]["batch"] == 2
+
+
+def test_bench_takes_the_batch_that_a_file_is_fixed_to(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    path = write_onnx("fixed.onnx", batch=3)
+    _, out, _ = optpipe("bench", path, *QUICK, "--json")
+    assert json.loads(out)["model"]["target"]["batch"] == 3
+    code, _, err = optpipe("bench", path, *QUICK, "--batch", 4)
+    assert (code, err) == (2, f"Error: {path}: takes batches of 3 only, not 4\n")
+
+
+def test_bench_refuses_networks_of_different_inputs(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    a, b = write_onnx("a.onnx", size=16), write_onnx("b.onnx", size=8)
+    code, _, err = optpipe("bench", a, "--vs", b, *QUICK)
+    assert (code, err) == (
+        2,
+        f"Error: {b}: takes (3, 8, 8), {a} (3, 16, 16): not comparable\n",
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08"])
+def test_bench_refuses_what_is_no_onnx(optpipe: Call, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.onnx"
+    path.write_bytes(content)
+    code, _, err = optpipe("bench", path)
+    assert code == 2
+    assert err.startswith(f"Error: {path}: is no ONNX model: ")
+    assert err.count("\n") == 1
+
+
+def test_bench_refuses_inputs_that_are_no_images(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    from onnx import load, save
+
+    path = write_onnx("a.onnx")
+    model = load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    save(model, path)
+    code, _, err = optpipe("bench", path)
+    assert code == 2
+    assert err == (
+        f"Error: {path}: its first input is [0, 3, 0, 16]; images (N, C, H, W) of a fixed size are needed\n"
+    )
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_lists_packages_backends_and_the_device(optpipe: Call) -> None:
+    code, out, err = optpipe("doctor")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert all(line.startswith(("ok      ", "missing ")) for line in lines)
+    subjects = [line[8:].partition(":")[0] for line in lines]
+    for subject in ("python", "torch", "onnxruntime", "gpu", "backend onnxruntime", "disk", "cores"):
+        assert subject in subjects
+
+
+def test_doctor_says_how_to_get_what_is_missing(optpipe: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    _, out, _ = optpipe("doctor")
+    assert (
+        "missing backend onnxruntime: cannot run; "
+        "the package onnxruntime is not installed: pip install 'optpipe[cpu]'"
+    ) in out.splitlines()
