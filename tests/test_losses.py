@@ -1,0 +1,52 @@
+"""Losses against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optpipe.losses import feature_mse, mimicking_loss
+
+
+def test_feature_mse_is_the_mean_square_over_all_elements() -> None:
+    student = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    teacher = torch.tensor([[[[0.0, 2.0]], [[5.0, 1.0]]]])
+    # Differences 1, 0, -2, 3: the squares sum to 14 over 4 elements.
+    assert feature_mse(student, teacher).item() == pytest.approx(14 / 4)
+
+
+def test_feature_mse_is_the_papers_squared_norm_divided_by_the_number_of_elements() -> None:
+    student, teacher = torch.zeros(2, 1, 1, 2), torch.tensor([[[[3.0, 4.0]]], [[[0.0, 1.0]]]])
+    assert feature_mse(student, teacher).item() == pytest.approx((25 + 1) / 4)
+
+
+def test_feature_mse_has_the_gradient_of_a_mean() -> None:
+    student = torch.tensor([[[[1.0, 2.0]]]], requires_grad=True)
+    feature_mse(student, torch.tensor([[[[0.0, 4.0]]]])).backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    assert student.grad.flatten().tolist() == [1.0, -2.0]
+
+
+def test_feature_mse_of_half_precision_is_computed_in_float32() -> None:
+    # 300 squared is beyond float16, and 256 + 1 is no bfloat16.
+    wide = feature_mse(torch.full((1, 1, 1, 1), 300.0).half(), torch.zeros(1, 1, 1, 1).half())
+    fine = feature_mse(torch.tensor([[[[16.0, 1.0]]]]).bfloat16(), torch.zeros(1, 1, 1, 2).bfloat16())
+    assert wide.item() == 90000.0
+    assert fine.item() == 128.5
+
+
+def test_mimicking_loss_adds_the_weighted_errors_of_the_stages_to_that_of_the_features() -> None:
+    zero = torch.zeros(1, 1, 1, 1)
+    student = [zero + 1, zero + 2, zero + 3]
+    assert mimicking_loss(student, [zero, zero, zero], 0.5).item() == pytest.approx(1 + 0.5 * (4 + 9))
+
+
+def test_mimicking_loss_of_the_features_alone_is_their_mse() -> None:
+    student, teacher = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[3.0, 2.0]]]])
+    assert mimicking_loss([student], [teacher], 1.0).item() == pytest.approx(2.0)
+
+
+def test_mimicking_loss_refuses_networks_observed_at_different_stages() -> None:
+    zero = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="longer"):
+        mimicking_loss([zero], [zero, zero], 1.0)
