@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import WriteOnnx, make_report
 
@@ -402,3 +404,98 @@ def test_doctor_says_how_to_get_what_is_missing(optpipe: Call, monkeypatch: pyte
         "missing backend onnxruntime: cannot run; "
         "the package onnxruntime is not installed: pip install 'optpipe[cpu]'"
     ) in out.splitlines()
+
+
+# ---------------------------------------------------------------- run and inspect
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A small recipe that is fine, with images of noise."""
+    rng = np.random.default_rng(0)
+    for name in ("few", "many"):
+        images = rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=rng.integers(0, 10, 12))
+    path = tmp_path / "small.toml"
+    path.write_text(
+        '[model]\nname = "zoo:resnet20_cifar"\nclasses = 10\n'
+        '[data]\ncalibration = { source = "few.npz" }\nevaluation = { source = "many.npz" }\n'
+        "[data.preprocess]\nmean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n"
+        '[method]\nname = "practise"\n[budget]\ndrop_blocks = 1\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_dry_run_prints_the_whole_recipe_and_writes_nothing(
+    optpipe: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    before = sorted(recipe.parent.iterdir())
+    code, out, err = optpipe("run", "small.toml", "--dry-run", "--set", "run.seed=7")
+    assert (code, err) == (0, "small.toml is fine; it would run in runs/small\n")
+    frozen = tomllib.loads(out)
+    assert frozen["budget"] == {"drop_blocks": 1}
+    assert frozen["run"]["seed"] == 7
+    assert frozen["target"]["backend"] == "onnxruntime"
+    assert frozen["recover"]["steps"] > 0
+    assert sorted(recipe.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "method.name=practice",
+            '[method] name = "practice": there is no such method; did you mean practise?',
+        ),
+        (
+            "target.backend=onnx",
+            '[target] backend = "onnx": there is no such backend; did you mean onnxruntime?',
+        ),
+        ("recover.step=3", "[recover] step = 3: unknown key; did you mean steps?"),
+        ("method.scorrer=fast", '[method] scorrer = "fast": unknown key; did you mean scorer?'),
+        ("data.evaluation.source=few.npz", "12 evaluation images are also calibration images"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_together_is_refused_before_anything_is_written(
+    optpipe: Call, recipe: Path, override: str, message: str
+) -> None:
+    folder = recipe.parent / "out"
+    code, out, err = optpipe("run", recipe, "--out", folder, "--set", override)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(optpipe: Call, recipe: Path) -> None:
+    folder = recipe.parent / "photos"
+    folder.mkdir()
+    (folder / "holiday.jpg").write_text("sea", encoding="utf-8")
+    code, out, err = optpipe("run", recipe, "--out", folder, "--fresh")
+    assert (code, out) == (2, "")
+    assert err == f"Error: {folder}: holds files that are no optpipe run; name another folder with --out\n"
+    assert [path.name for path in folder.iterdir()] == ["holiday.jpg"]
+
+
+def test_inspect_lists_blocks_and_groups(optpipe: Call, recipe: Path) -> None:
+    code, out, err = optpipe("inspect", recipe)
+    assert (code, err) == (0, "")
+    total, _, head, *lines = out.splitlines()
+    assert total.startswith("input 3x16x16, 10 classes, ")
+    assert total.endswith(" blocks droppable")
+    assert head.split() == ["block", "input", "output", "parameters", "MACs", "droppable"]
+    assert any(line.startswith("layer1.1 ") and line.endswith(" yes") for line in lines)
+    assert any("no: " in line for line in lines)
+    assert any(line.startswith("channel group ") for line in lines)
+
+
+def test_inspect_json_says_the_same(optpipe: Call, recipe: Path) -> None:
+    _, out, _ = optpipe("inspect", recipe, "--json", "--set", "data.preprocess.size=[32, 32]")
+    shown = json.loads(out)
+    assert shown["input_shape"] == [3, 32, 32]
+    assert shown["classes"] == 10
+    assert len(shown["blocks"]) == 9
+    assert all(block["droppable"] or block["why_not"] for block in shown["blocks"])
