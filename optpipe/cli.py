@@ -102,10 +102,12 @@ def run(
 @DEBUG
 def inspect(recipe: Path, overrides: Sequence[str], as_json: bool, debug: bool) -> None:
     """List every block and channel group of a RECIPE's network, droppable or why not."""
-    from optpipe import inspection
     from optpipe import recipe as recipes
 
-    shown = inspection.inspect_recipe(recipes.load(recipe, overrides))
+    loaded = recipes.load(recipe, overrides)
+    from optpipe import inspection
+
+    shown = inspection.inspect_recipe(loaded)
     click.echo(inspection.as_json(shown) if as_json else inspection.as_text(shown), nl=False)
 
 
