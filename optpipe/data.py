@@ -356,7 +356,8 @@ def _decode(path: Path, channels: int) -> Pixels | None:
 
 def _open_npz(path: Path, channels: int) -> _Source:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Given a path, numpy leaves the file open when it turns out to be no .npz.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             keys = list(file)
             images = file["images"] if "images" in keys else None
             labels = file["labels"] if "labels" in keys else None

@@ -63,16 +63,6 @@ def load_model(spec: ModelSpec, search_folder: Path = Path()) -> nn.Module:
     return model.eval()
 
 
-def input_channels(model: nn.Module) -> int:
-    """How many channels the first convolution reads; UsageError where a network has none."""
-    from torch import nn
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    raise UsageError(f"model {type(model).__name__} has no convolution (torch.nn.Conv2d)")
-
-
 def weights_digest(model: nn.Module) -> str:
     """sha256 over names, types, shapes and bytes of all parameters and buffers, in order of name."""
     import torch
@@ -82,6 +72,19 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def input_channels(model: nn.Module) -> int:
+    """The channels of the images that a network takes: those of its first convolution.
+
+    Raises UsageError where there is no convolution.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise UsageError(f"{type(model).__name__} has no convolution; only convolutional networks are supported")
 
 
 def import_function(name: str, search_folder: Path) -> Callable[..., Any]:

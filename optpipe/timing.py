@@ -34,6 +34,18 @@ if TYPE_CHECKING:
 
     Samples = NDArray[np.float64]
 
+class Stopwatch:
+    """Seconds of wall time since it was made, for how long a stage or a trial took."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start
+
+
 RESAMPLES = 1000
 """Bootstrap resamples: the ends of a 95% interval then vary by a few percent of its width."""
 

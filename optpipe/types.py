@@ -148,11 +148,13 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """How to train a candidate against the original.
+    """How to train a candidate to mimic the original's features.
 
-    ``trainable``: "adaptors" inserts 1x1 adaptors around the dropped blocks, trains only them and folds
-    them afterwards; "backbone" trains everything but the classifier.
-    ``schedule``: "step" multiplies the rate by 0.1 after every 40% of the steps, "cosine" anneals to 0.
+    ``trainable``: "adaptors" trains only the 1x1 adaptors around the dropped blocks, "backbone" everything
+    but the classifier. ``schedule``: "step" multiplies the rate by 0.1 after every 40% of the steps,
+    "cosine" anneals it to 0; both rise linearly over the share ``warmup`` of the steps. ``stage_weight``
+    adds the error of each stage's output to that of the features. ``autocast``: "auto" computes in bfloat16
+    where the processor does so natively.
     """
 
     steps: int
@@ -160,15 +162,15 @@ class Tune:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"
-    warmup_steps: int = 0
-    loss: Literal["features", "features+logits"] = "features"
+    warmup: float = 0.0
+    stage_weight: float = 0.0
     trainable: Literal["adaptors", "backbone"] = "backbone"
     batch_norm: Literal["train", "eval"] = "train"
-    augment: Literal["none", "resized_crop", "strong"] = "resized_crop"
-    average: float = 0.0
-    seed: int = 0
+    augment: Literal["none", "resized_crop", "shift_cutmix"] = "resized_crop"
+    autocast: Literal["auto", "off", "bf16"] = "off"
 
 
 Want = Literal["latency", "quality", "distance"]
@@ -296,8 +298,8 @@ class Scene:
     calibration: Images
     baseline: Latency
     budget: Budget
+    recover: Tune
     seed: int
-    recover: Tune | None = None
 
 
 # ---------------------------------------------------------------- seams
@@ -346,7 +348,10 @@ class Method(Protocol):
     """A module in ``optpipe/methods``."""
 
     Config: type
-    needs_labels: bool
+    """A frozen dataclass: the keys of the recipe's ``[method]`` table and their defaults."""
+    RECOVER: Tune
+    """How to recover where the recipe's ``[recover]`` table does not say otherwise."""
+    NEEDS_LABELS: bool
 
     def search(self, scene: Scene, config: object) -> Search:
         """Ask about candidates, then choose."""

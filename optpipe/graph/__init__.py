@@ -12,6 +12,8 @@ from optpipe.graph.adaptors import adaptors, fold, with_adaptors
 from optpipe.graph.blocks import residuals
 from optpipe.graph.channels import channel_groups
 from optpipe.graph.features import split
+from optpipe.graph.refit import refit_errors
+from optpipe.graph.stages import observe, stage_readers
 from optpipe.graph.structure import structure_key
 from optpipe.graph.surgery import apply
 from optpipe.graph.trace import count, shape, total, trace
@@ -23,7 +25,10 @@ __all__ = [
     "count",
     "fold",
     "inspect",
+    "observe",
+    "refit_errors",
     "split",
+    "stage_readers",
     "structure_key",
     "trace",
     "with_adaptors",

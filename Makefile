@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all set-up themselves and reuse it the next time.
+
+PYTHON := $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test setup lint unit clean
+
+demo: setup
+	$(VENV)/bin/optpipe run recipes/practise.toml
+
+test: setup lint unit
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "optpipe needs Python 3.11 or later: none was found on the PATH"; exit 3; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,dev]'
+	@touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+unit: setup
+	$(VENV)/bin/python -m pytest -m 'not gpu'
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
