@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import fx
+
+from optpipe import zoo
+from optpipe.errors import UsageError
+from optpipe.zoo.cifar_resnet import PadShortcut
+
+
+def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides() -> None:
+    x = torch.arange(2 * 4 * 4, dtype=torch.float32).view(1, 2, 4, 4)
+    y = PadShortcut(2, 4)(x)
+    assert y.shape == (1, 4, 2, 2)
+    assert y[0, 0].abs().sum() == 0
+    assert y[0, 3].abs().sum() == 0
+    assert y[0, 1].tolist() == [[0, 2], [8, 10]]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet20_cifar", 269_722),
+        ("resnet32_cifar", 464_154),
+        ("resnet44_cifar", 658_586),
+        ("resnet56_cifar", 853_018),
+    ],
+)
+def test_parameters_are_those_of_the_published_networks(name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in zoo.build(name).parameters()) == parameters
+
+
+def test_classes_and_channels_reach_the_network() -> None:
+    model = zoo.build("resnet20_cifar", classes=7, in_channels=1).eval()
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_a_symbolic_trace_computes_the_same() -> None:
+    model = zoo.build("resnet20_cifar").eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fx.symbolic_trace(model)(x), model(x))
+
+
+def test_the_exported_network_agrees_with_torch_at_any_batch(tmp_path: Path) -> None:
+    model = zoo.build("resnet20_cifar").eval()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model, (x,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (x, x[:1]):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        np.testing.assert_allclose(logits, model(batch).detach().numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(
+        UsageError, match=r"'zoo:resnet65_cifar' is unknown; did you mean 'zoo:resnet\d\d_cifar'"
+    ):
+        zoo.build("resnet65_cifar")
