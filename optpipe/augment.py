@@ -20,7 +20,9 @@ def augment(kind: str, images: torch.Tensor, generator: torch.Generator) -> torc
         return flip(resized_crop(images, generator), generator)
     if kind == "shift_cutmix":
         return cutmix(flip(shift(images, generator), generator), generator)
-    return images
+    if kind == "none":
+        return images
+    raise ValueError(f"no augmentation is named {kind!r}")
 
 
 def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -60,13 +62,14 @@ def cutmix(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def resized_crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image replaced by a crop of 8% to 100% of its area, of aspect ratio 3/4 to 4/3, resized back.
 
-    These are the customary settings of ImageNet training, which PRACTISE uses.
+    These are the customary settings of ImageNet training, which PRACTISE uses. A crop that does not fit is
+    narrowed to the image's side, where the customary code draws again.
     """
     count, _, height, width = images.shape
     area = 0.08 + 0.92 * torch.rand(count, generator=generator)
     log_ratio = (2 * torch.rand(count, generator=generator) - 1) * math.log(4 / 3)
-    ratio = log_ratio.exp().sqrt()
-    share_w, share_h = (area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)
+    ratio = log_ratio.exp() * height / width
+    share_w, share_h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     move_x, move_y = 2 * torch.rand(2, count, generator=generator) - 1
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = share_w, share_h

@@ -80,11 +80,11 @@ def run(
 
     loaded = recipes.load(recipe, [*overrides, *(['target.device="cuda"'] if gpu else [])])
     folder = out or Path("runs") / loaded.run.name
-    from optpipe import pipeline
+    from optpipe import pipeline, preparation
     from optpipe.console import EventConsole
     from optpipe.report import markdown
 
-    setup = pipeline.prepare(loaded)
+    setup = preparation.prepare(loaded)
     if dry_run:
         click.echo(setup.frozen, nl=False)
         click.echo(f"{recipe} is fine; it would run in {folder}", err=True)
@@ -196,6 +196,9 @@ def doctor(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and turns every failure into one line and its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Training threads that wait by spinning take the processor from the engines that are timed, and on a
+    # machine that others use too from each other: a step of ResNet-20 took five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli.main(args=words, prog_name="optpipe", standalone_mode=False)
     except click.ClickException as error:

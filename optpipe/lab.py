@@ -185,6 +185,8 @@ class Lab:
         adapted = ask.tune.trainable == "adaptors"
         if adapted:
             candidate = graph.with_adaptors(subject.original, ask.plan, self._target.input_shape)
+            if not graph.adaptors(candidate):
+                return candidate
         tune.train(
             candidate, subject.original, subject.calibration, ask.tune, seed=subject.seed, emit=self._emit
         )
@@ -265,7 +267,9 @@ def plan_name(plan: Plan) -> str:
     parts: list[str] = []
     if plan.drop_blocks:
         names = " ".join(plan.drop_blocks)
-        parts.append(f"without {names}" if len(plan.drop_blocks) <= 3 else f"without {len(plan.drop_blocks)} blocks")
+        parts.append(
+            f"without {names}" if len(plan.drop_blocks) <= 3 else f"without {len(plan.drop_blocks)} blocks"
+        )
     if plan.keep_channels:
         parts.append(f"{len(plan.keep_channels)} groups narrowed")
     if plan.input_hw:

@@ -20,7 +20,7 @@ def feature_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def mimicking_loss(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], stage_weight: float
 ) -> torch.Tensor:
-    """:func:`feature_mse` of the features, which come first, plus ``stage_weight`` times that of each stage."""
+    """:func:`feature_mse` of the features, which come first, plus ``stage_weight`` times each stage's."""
     loss = feature_mse(student[0], teacher[0])
     for own, other in zip(student[1:], teacher[1:], strict=True):
         loss = loss + stage_weight * feature_mse(own, other)

@@ -9,195 +9,41 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from optpipe import data, deploy, environment, graph, models, onnx_export, plugins, quality, store, timing, tune
-from optpipe import recipe as recipes
-from optpipe.errors import MissingError, OptpipeError, RunError, UsageError
+from optpipe import (
+    data,
+    deploy,
+    environment,
+    graph,
+    onnx_export,
+    quality,
+    store,
+    timing,
+    tune,
+)
+from optpipe.errors import RunError
 from optpipe.lab import Clock, Lab, Subject, drive
+from optpipe.preparation import Setup
 from optpipe.report import build, schema
+from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Pruned, Recovered, Results
 from optpipe.types import (
-    Backend,
-    Budget,
     Choice,
     Emit,
     Event,
     Latency,
-    Method,
-    ModelGraph,
-    Plan,
-    Quality,
     Scene,
     Session,
-    Target,
-    Tune,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import fx
 
-T = TypeVar("T")
-
-
-# ---------------------------------------------------------------- what a run is made of
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """A recipe with its modules, model and images loaded and checked. Not JSON-able."""
-
-    recipe: recipes.Recipe
-    method: Method
-    config: object
-    recover: Tune
-    backend: Backend
-    target: Target
-    original: fx.GraphModule
-    graph: ModelGraph
-    model_digest: str
-    calibration: data.ImageSet
-    evaluation: data.ImageSet
-
-    @property
-    def frozen(self) -> str:
-        """The recipe as TOML with every default written out."""
-        return self.recipe.frozen(self.config, self.recover)
-
-
-def prepare(recipe: recipes.Recipe) -> Setup:
-    """Load what a recipe names and check that it fits together, before anything is written.
-
-    Raises:
-        UsageError: something in the recipe, the model or the images does not fit.
-        MissingError: this machine cannot run the target.
-    """
-    method = plugins.method(recipe.method_name)
-    config = recipes.bind(method.Config, recipe.method, recipe.path, "method")
-    recover = recipes.merge(method.RECOVER, recipe.recover, recipe.path, "recover")
-    backend = plugins.backend(recipe.target.backend)
-    model = models.load_model(recipe.model, recipe.folder)
-    channels = models.input_channels(model)
-    prepared = recipe.data.preprocess
-    calibration = data.load_images(recipe.data.calibration, prepared, channels, recipe.folder)
-    shape = calibration.shape
-    target = Target(
-        backend=recipe.target.backend,
-        batch=recipe.target.batch,
-        input_shape=shape,
-        precision=recipe.target.precision,
-        device=recipe.target.device,
-        threads=recipe.target.threads,
-        options=tuple(sorted(recipe.target.options.items())),
-    )
-    missing = backend.missing(target)
-    if missing:
-        raise MissingError(missing)
-    original = graph.trace(model, shape)
-    shown = graph.inspect(original, shape)
-    evaluation = data.load_images(
-        recipe.data.evaluation, prepared, channels, recipe.folder, classes=shown.classes
-    )
-    data.check_classes(calibration, shown.classes, recipe.data.calibration.source)
-    if evaluation.shape != shape:
-        raise UsageError(
-            f"{recipe.path}: [data] evaluation: images are {evaluation.shape}, calibration images {shape}; "
-            "give [data.preprocess] size"
-        )
-    shared = data.overlap(calibration, evaluation)
-    if shared:
-        raise UsageError(
-            f"{recipe.path}: [data]: {shared} evaluation images are also calibration images; the accuracy "
-            "would flatter the result: give disjoint sets"
-        )
-    if method.NEEDS_LABELS and calibration.labels is None:
-        raise UsageError(
-            f"{recipe.path}: [method] name = {recipe.method_name!r}: needs labelled calibration images, and "
-            f"{recipe.data.calibration.source} has no labels"
-        )
-    return Setup(
-        recipe=recipe,
-        method=method,
-        config=config,
-        recover=recover,
-        backend=backend,
-        target=target,
-        original=original,
-        graph=shown,
-        model_digest=models.weights_digest(original),
-        calibration=calibration,
-        evaluation=evaluation,
-    )
-
-
-# ---------------------------------------------------------------- what the stages leave behind
-
-
-@dataclass(frozen=True, slots=True)
-class Ingested:
-    """The original: its graph, its quality on the evaluation images, its latency by itself."""
-
-    graph: ModelGraph
-    quality: Quality
-    latency: Latency
-    onnx_bytes: int
-    epoch: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Analyzed:
-    """Where the search ended."""
-
-    choice: Choice
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """The chosen candidate before recovery."""
-
-    parameters: int
-    macs: int
-    quality: Quality
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """The recovered weights, and the loss where training began and where it ended."""
-
-    weights_sha256: str
-    loss_first: float
-    loss_last: float
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """The deploy bundle; ``engine`` is relative to the run's folder."""
-
-    engine: str
-    onnx_bytes: int
-    parity: onnx_export.Parity
-    sha256: dict[str, str]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmarked:
-    """Original and result side by side, on engines timed in turn."""
-
-    original: Latency
-    result: Latency
-    original_quality: Quality
-    quality: Quality
-    agreement: Quality
-    seconds: float
+T = TypeVar("T", Ingested, Analyzed, Pruned, Recovered, Exported, Benchmarked)
 
 
 # ---------------------------------------------------------------- the run
@@ -228,7 +74,8 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, analyzed.choice, tell))
         exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice))
         final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, exported))
-        report = _report(setup, ingested, analyzed, pruned, recovered, exported, final, described)
+        results = Results(ingested, analyzed, pruned, recovered, exported, final)
+        report = _report(setup, results, described)
         build.write(opened.folder, report)
         return report
 
@@ -255,7 +102,7 @@ class Stages:
         except Exception as error:
             self._run.fail_stage(name, error)
             raise
-        result = cast(T, dataclasses.replace(result, seconds=watch.seconds))  # type: ignore[type-var]
+        result = dataclasses.replace(result, seconds=watch.seconds)
         self._run.finish_stage(name, result)
         self._emit(Event("stage", name, "finished", number, total, watch.seconds))
         return result
@@ -334,7 +181,11 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     """Train the pruned network to mimic the original; goes on from the last checkpoint."""
     folder = opened.stage_folder("recover")
     candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
-    checkpoint = store.DiskCheckpoint(folder / "checkpoint.safetensors", setup.recipe.run.checkpoint_every)
+    # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
+    key = store.digest(choice.plan, choice.recover, setup.recipe.run.seed, setup.calibration.digest)[:16]
+    checkpoint = store.DiskCheckpoint(
+        folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
+    )
     trained = tune.train(
         candidate,
         setup.original,
@@ -367,9 +218,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice) -> Exported:
         preprocess=setup.recipe.data.preprocess,
     )
     sha256 = deploy.write_bundle(folder, candidate, saved, setup.target, setup.calibration.names)
-    return Exported(
-        str(engine.relative_to(opened.folder)), onnx.stat().st_size, parity, sha256, 0.0
-    )
+    return Exported(str(engine.relative_to(opened.folder)), onnx.stat().st_size, parity, sha256, 0.0)
 
 
 def benchmark(setup: Setup, opened: store.Run, exported: Exported) -> Benchmarked:
@@ -453,23 +302,9 @@ def _reference(opened: store.Run) -> NDArray[np.float32]:
         raise RunError(f"{path}: cannot be read ({error}); start anew with --fresh") from error
 
 
-def _report(
-    setup: Setup,
-    ingested: Ingested,
-    analyzed: Analyzed,
-    pruned: Pruned,
-    recovered: Recovered,
-    exported: Exported,
-    final: Benchmarked,
-    described: schema.EnvironmentReport,
-) -> schema.Report:
-    recipe = setup.recipe
-    stages = {
-        name: schema.StageReport(result.seconds)
-        for name, result in zip(
-            store.STAGES, (ingested, analyzed, pruned, recovered, exported, final), strict=True
-        )
-    }
+def _report(setup: Setup, results: Results, described: schema.EnvironmentReport) -> schema.Report:
+    recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
+    stages = {name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES}
     return schema.Report(
         schema=schema.SCHEMA,
         name=recipe.run.name,
@@ -477,32 +312,32 @@ def _report(
         model=recipe.model.name,
         seed=recipe.run.seed,
         target=setup.target,
-        budget=build.judge(recipe.budget, final.original, final.result, analyzed.choice.plan),
+        budget=build.judge(recipe.budget, final.original, final.result, choice.plan),
         original=schema.NetworkReport(
             final.original_quality,
             schema.LatencyReport.of(final.original),
             setup.graph.parameters,
             setup.graph.macs,
-            ingested.onnx_bytes,
+            results.ingest.onnx_bytes,
         ),
         result=schema.NetworkReport(
             final.quality,
             schema.LatencyReport.of(final.result),
-            pruned.parameters,
-            pruned.macs,
-            exported.onnx_bytes,
+            results.prune.parameters,
+            results.prune.macs,
+            results.export.onnx_bytes,
             final.agreement,
         ),
-        quality_before_recovery=pruned.quality,
-        plan=analyzed.choice.plan,
-        recover=analyzed.choice.recover,
-        reason=analyzed.choice.reason,
-        tables=analyzed.choice.tables,
+        quality_before_recovery=results.prune.quality,
+        plan=choice.plan,
+        recover=choice.recover,
+        reason=choice.reason,
+        tables=choice.tables,
         data=schema.DataReport(
             len(setup.calibration), setup.calibration.digest, len(setup.evaluation), setup.evaluation.digest
         ),
         stages=stages,
         environment=described,
-        sha256={"original weights": setup.model_digest, "recovered weights": recovered.weights_sha256}
-        | exported.sha256,
+        sha256={"original weights": setup.model_digest, "recovered weights": results.recover.weights_sha256}
+        | results.export.sha256,
     )

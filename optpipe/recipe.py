@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from optpipe.data import DataSpec, Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
-from optpipe.types import Budget, Precision
+from optpipe.types import Budget, Precision, Tune
 
 T = TypeVar("T")
 Value = str | int | float | bool | Sequence["Value"] | Mapping[str, "Value"]
@@ -247,6 +247,8 @@ def _check_ranges(recipe: Recipe) -> None:
         ("timing", "drift", recipe.timing.drift, False, positive),
         ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
     ]
+    if recipe.run.seed < 0:
+        raise UsageError(f"{recipe.path}: [run] seed = {recipe.run.seed}: must not be below 0")
     for table, key, value, below_one, message in checks:
         # Written so that nan fails too.
         if value is not None and not 0 < value < (1 if below_one else math.inf):
@@ -256,6 +258,14 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageError(f'{recipe.path}: [run] name = "{name}": must be a plain folder name')
     if seed < 0:
         raise UsageError(f"{recipe.path}: [run] seed = {seed}: must not be below 0")
+
+
+def check_recovery(recover: Tune, path: Path) -> None:
+    """UsageError for a ``[recover]`` table whose numbers make no training."""
+    for key in ("steps", "batch", "lr"):
+        value = getattr(recover, key)
+        if not value > 0:
+            raise UsageError(f"{path}: [recover] {key} = {value}: must be above 0")
 
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<value>[^}]*))?\}")

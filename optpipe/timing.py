@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     Samples = NDArray[np.float64]
 
+
 class Stopwatch:
     """Seconds of wall time since it was made, for how long a stage or a trial took."""
 

@@ -6,6 +6,7 @@ the number of steps, and a run that was killed ends with the weights of one that
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def train(
     """
     readers = graph.stage_readers(original) if tune.stage_weight else ()
     layout = torch.channels_last
-    pupil = graph.observe(student, readers).to(memory_format=layout)  # type: ignore[call-overload]
+    pupil = graph.observe(student, readers).to(memory_format=layout)
     teacher = graph.observe(original, readers).eval()
     parameters = _trainable(student, pupil, tune)
     optimizer = _optimizer(list(parameters.values()), tune)
@@ -90,15 +91,24 @@ def train(
             )
         first = last if math.isnan(first) else first
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         done = step + 1
         if checkpoint is not None and done % checkpoint.every == 0 and done < tune.steps:
             checkpoint.save(_state(student, optimizer, parameters, done, first))
         if emit is not None and (done % 10 == 0 or done == tune.steps):
             emit(Event("progress", "training", f"loss {last:.4g}", done, tune.steps))
+    optimizer.zero_grad(set_to_none=True)
     student.eval().requires_grad_(False)
     return Trained(first, last)
+
+
+def on_this_machine(tune: Tune) -> Tune:
+    """``tune`` with ``autocast = "auto"`` resolved: bfloat16 where the processor has instructions for it."""
+    if tune.autocast != "auto":
+        return tune
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dataclasses.replace(tune, autocast="bf16" if native else "off")
 
 
 def rate(step: int, tune: Tune) -> float:
@@ -186,9 +196,7 @@ def _optimizer(parameters: Sequence[nn.Parameter], tune: Tune) -> torch.optim.Op
 
 @contextmanager
 def _autocast(tune: Tune) -> Iterator[None]:
-    native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    enabled = tune.autocast == "bf16" or (tune.autocast == "auto" and native)
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    with torch.autocast("cpu", torch.bfloat16, enabled=on_this_machine(tune).autocast == "bf16"):
         yield
 
 

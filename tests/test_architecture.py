@@ -50,15 +50,16 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"plugins", "deploy", "store", "timing", "types", "errors"},
     # from the search up to the command line
     "lab": {"quality", "tune", "timing", "onnx_export", "data", "graph", "store", "types", "errors"},
+    "preparation": {"recipe", "plugins", "models", "data", "graph", "tune", "types", "errors"},
+    "results": {"onnx_export", "types"},
     "pipeline": {
+        "preparation",
+        "results",
         "lab",
-        "recipe",
-        "plugins",
         "environment",
         "deploy",
         "report",
         "quality",
-        "models",
         "tune",
         "timing",
         "onnx_export",
@@ -72,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "optpipe",
         "pipeline",
+        "preparation",
         "recipe",
         "inspection",
         "bench",

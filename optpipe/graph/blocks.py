@@ -59,7 +59,7 @@ def _between(stream: fx.Node, add: fx.Node) -> frozenset[fx.Node]:
     return frozenset(node for node in region if node.op not in {"placeholder", "output"})
 
 
-def _block(  # noqa: PLR0917 - a block is made of all of these
+def _block(
     traced: fx.GraphModule,
     name: str,
     stream: fx.Node,

@@ -44,7 +44,9 @@ class _Normal:
     def solve(self) -> torch.Tensor:
         """The coefficients (D, C), the last row being the bias."""
         ridge = RIDGE * self.gram.diagonal().mean()
-        return torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram), self.moment)
+        regular = self.gram + ridge * torch.eye(len(self.gram)).to(self.gram)
+        solution: torch.Tensor = torch.linalg.solve(regular, self.moment)
+        return solution
 
 
 def refit_errors(

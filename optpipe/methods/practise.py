@@ -129,9 +129,7 @@ def search(scene: Scene, config: Config) -> Search:
 
 def _time_each(blocks: Sequence[Block]) -> Generator[Sequence[Request], Sequence[Answer], dict[str, _Saving]]:
     trials = yield [Ask(Plan(drop_blocks=(block.name,))) for block in blocks]
-    return {
-        block.name: _saving(cast(Trial, trial)) for block, trial in zip(blocks, trials, strict=True)
-    }
+    return {block.name: _saving(cast(Trial, trial)) for block, trial in zip(blocks, trials, strict=True)}
 
 
 def _saving(trial: Trial) -> _Saving:
@@ -162,8 +160,8 @@ def _check_reachable(
     allowed = budget.allowed_ratio(scene.baseline)
     assert allowed is not None
     raise RunError(
-        f"no plan meets the budget: dropping all {len(eligible)} blocks that save time reduces the latency by "
-        f"{best.tau:.1%} (at least {best.low:.1%}), {1 - allowed:.1%} is asked: it misses by "
+        f"no plan meets the budget: dropping all {len(eligible)} blocks that save time reduces the latency "
+        f"by {best.tau:.1%} (at least {best.low:.1%}), {1 - allowed:.1%} is asked: it misses by "
         f"{1 - allowed - best.low:.1%}; lower the budget"
     )
 
@@ -208,8 +206,8 @@ def _reason(scene: Scene, drops: Sequence[_Drop]) -> str:
     saving = _saving(drops[-1].trial)
     names = ", ".join(drop.block for drop in drops)
     return (
-        f"{len(drops)} of {len(scene.graph.droppable)} droppable blocks, in order of R/tau: {names}. Together "
-        f"they save {saving.tau:.1%} ({saving.low:.1%} to {saving.high:.1%}) of the measured latency"
+        f"{len(drops)} of {len(scene.graph.droppable)} droppable blocks, in order of R/tau: {names}. "
+        f"Together they save {saving.tau:.1%} ({saving.low:.1%} to {saving.high:.1%}) of the measured latency"
     )
 
 
@@ -240,7 +238,17 @@ def _prefix_table(scene: Scene, savings: dict[str, _Saving], drops: Sequence[_Dr
         measured = _saving(drop.trial)
         macs = 1.0 - drop.trial.macs / scene.graph.macs
         rows.append(
-            (number, drop.block, drop.recoverability, drop.score, macs, total, measured.tau, measured.low, measured.high)
+            (
+                number,
+                drop.block,
+                drop.recoverability,
+                drop.score,
+                macs,
+                total,
+                measured.tau,
+                measured.low,
+                measured.high,
+            )
         )
     columns = (
         "dropped", "block", "R of the set", "score when chosen", "MACs saved", "sum of tau",
