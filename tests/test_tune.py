@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,29 +136,37 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     assert result == expected
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw, stages"])
 def test_a_killed_training_goes_on_from_a_file(
-    original: fx.GraphModule, images: ImageSet, tmp_path: Path
+    original: fx.GraphModule, images: ImageSet, tmp_path: Path, kind: str
 ) -> None:
+    settings = EVERY_KIND[kind]
     disk = store.DiskCheckpoint(tmp_path / "checkpoint.safetensors", every=4)
-    whole = candidate(original, SGD)
-    tune.train(whole, original, images, SGD, seed=5)
+    whole = candidate(original, settings)
+    tune.train(whole, original, images, settings, seed=5)
 
     killed: list[Event] = []
 
     def kill_at_the_end(event: Event) -> None:
         killed.append(event)
-        if event.done == SGD.steps:
+        if event.done == settings.steps:
             raise KilledError
 
     with pytest.raises(KilledError):
         tune.train(
-            candidate(original, SGD), original, images, SGD, seed=5, checkpoint=disk, emit=kill_at_the_end
+            candidate(original, settings),
+            original,
+            images,
+            settings,
+            seed=5,
+            checkpoint=disk,
+            emit=kill_at_the_end,
         )
     saved = disk.load()
     assert saved is not None
     assert int(saved["step"]) == 8
-    resumed = candidate(original, SGD)
-    tune.train(resumed, original, images, SGD, seed=5, checkpoint=disk)
+    resumed = candidate(original, settings)
+    tune.train(resumed, original, images, settings, seed=5, checkpoint=disk)
     assert changed(weights(whole), resumed) == set()
 
 
@@ -294,6 +303,12 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order() -> None
     assert len({tuple(epoch) for epoch in epochs}) == 16
 
 
+def test_the_images_of_a_step_follow_from_seed_and_step_alone() -> None:
+    later = tune.batch_indices(21, 8, 3, 17)
+    assert tune.batch_indices(21, 8, 3, 17) == later
+    assert all(tune.batch_indices(21, 8, seed, step) != later for seed, step in ((4, 17), (3, 18)))
+
+
 def test_a_batch_is_at_most_the_whole_set() -> None:
     assert sorted(tune.batch_indices(21, 64, 0, 3)) == list(range(21))
 
@@ -303,6 +318,12 @@ def test_the_step_schedule_divides_the_rate_by_ten_after_each_forty_percent() ->
     assert [tune.rate(step, settings) for step in range(10)] == pytest.approx(
         [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]
     )
+
+
+def test_the_step_schedule_rises_over_its_warm_up() -> None:
+    settings = Tune(steps=20, warmup=0.2)
+    rates = [tune.rate(step, settings) for step in (0, 1, 2, 3, 4, 7, 8, 15, 16)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.01])
 
 
 def test_the_cosine_schedule_falls_from_one_towards_zero_after_its_warm_up() -> None:
@@ -319,6 +340,43 @@ def test_a_diverging_training_says_at_which_step_and_how_to_mend_it(
     settings = replace(SGD, steps=200, lr=1e6, batch_norm="eval")
     with pytest.raises(RunError, match=r"diverged at step \d+ of 200: the loss is (nan|inf), .* lower .*lr"):
         tune.train(candidate(original, settings), original, images, settings, seed=0)
+
+
+def test_the_first_loss_that_is_no_number_is_named_with_its_step_and_rate(
+    original: fx.GraphModule, images: ImageSet
+) -> None:
+    network = candidate(original, SGD)
+    with torch.no_grad():
+        next(iter(network.parameters())).fill_(math.nan)
+    expected = (
+        "training diverged at step 0 of 11: the loss is nan, it was nan before; lower [recover] lr = 0.02"
+    )
+    with pytest.raises(RunError, match=re.escape(expected)):
+        tune.train(network, original, images, SGD, seed=0)
+
+
+def test_adaptors_of_a_candidate_that_has_none_cannot_be_trained(
+    original: fx.GraphModule, images: ImageSet
+) -> None:
+    settings = replace(SGD, trainable="adaptors")
+    with pytest.raises(RunError, match="nothing to train: the candidate has no adaptors"):
+        tune.train(graph.apply(original, DROPPED, SHAPE), original, images, settings, seed=0)
+
+
+def test_dropout_stays_off_in_training(
+    original: fx.GraphModule, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    forward = nn.Dropout.forward
+
+    def watched(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        modes.append(self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Dropout, "forward", watched)
+    tune.train(candidate(original, SGD), original, images, SGD, seed=0)
+    assert modes
+    assert not any(modes)
 
 
 def test_progress_ends_with_the_last_step(original: fx.GraphModule, images: ImageSet) -> None:

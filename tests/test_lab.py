@@ -1,0 +1,353 @@
+"""The laboratory with a real small network and real engines: what it does once, and what it reuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from optpipe import graph, lab, models, store, tune
+from optpipe.backends import onnxruntime
+from optpipe.data import ImageSet
+from optpipe.types import (
+    Answer,
+    Ask,
+    Choice,
+    Event,
+    Fingerprint,
+    Plan,
+    Request,
+    Search,
+    Session,
+    Step,
+    StepResult,
+    Target,
+    Trial,
+    Tune,
+)
+
+SHAPE = (3, 8, 8)
+TARGET = Target("onnxruntime", 4, SHAPE, threads=1)
+FIRST, SECOND, OTHER = (Plan(drop_blocks=(name,)) for name in ("same.0", "same.1", "wide"))
+MIMIC = Tune(steps=30, batch=8, lr=0.1, trainable="adaptors", batch_norm="eval", augment="none")
+
+
+class Block(nn.Module):
+    def __init__(self, inside: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, inside, 3, padding=1)
+        self.conv2 = nn.Conv2d(inside, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv2(F.relu(self.conv1(x)))
+        return F.relu(x + y)
+
+
+class Net(nn.Module):
+    """Two blocks of equal structure and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.same = nn.Sequential(Block(8), Block(8))
+        self.wide = Block(16)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.wide(self.same(F.relu(self.stem(x))))
+        logits: torch.Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
+
+
+@dataclass
+class CountingBackend:
+    """ONNX Runtime, counting the engines that are built and open."""
+
+    built: int = 0
+    open: int = 0
+
+    def missing(self, target: Target) -> str | None:
+        return onnxruntime.missing(target)
+
+    def fingerprint(self, target: Target) -> Fingerprint:
+        return onnxruntime.fingerprint(target)
+
+    def build(self, onnx: Path, target: Target, folder: Path) -> Path:
+        self.built += 1
+        return onnxruntime.build(onnx, target, folder)
+
+    def load(self, engine: Path, target: Target) -> Session:
+        self.open += 1
+        session = onnxruntime.load(engine, target)
+        close = session.close
+
+        def counted() -> None:
+            self.open -= 1
+            close()
+
+        session.close = counted  # type: ignore[method-assign]
+        return session
+
+
+@dataclass
+class Bench:
+    """A laboratory, its backend and the events that it told."""
+
+    lab: lab.Lab
+    backend: CountingBackend
+    events: list[Event] = field(default_factory=list)
+
+    def ask(self, *requests: Request) -> list[Answer]:
+        return self.lab.answer(requests)
+
+    def trial(self, plan: Plan) -> Trial:
+        (answer,) = self.ask(Ask(plan))
+        assert isinstance(answer, Trial)
+        return answer
+
+    @property
+    def origins(self) -> list[str]:
+        return [event.detail for event in self.events if event.kind == "trial"]
+
+
+@pytest.fixture(scope="module")
+def subject() -> lab.Subject:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        original = graph.trace(Net().eval(), SHAPE)
+    pixels = torch.randint(0, 256, (16, *SHAPE), generator=torch.Generator().manual_seed(1))
+    names = tuple(str(number) for number in range(16))
+    labels = torch.arange(16) % 4
+    images = ImageSet(pixels.byte(), labels, names, (0.5,) * 3, (0.25,) * 3, digest="d" * 64)
+    return lab.Subject(original, models.weights_digest(original), images, seed=0)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that share one cache."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def open_bench(run: store.Run, subject: lab.Subject, epoch: int = 0) -> Bench:
+    events: list[Event] = []
+    backend = CountingBackend()
+    clock = lab.Clock(tolerance=0.5, budget_s=0.05)
+    return Bench(lab.Lab(run, subject, backend, TARGET, clock, epoch, events.append), backend, events)
+
+
+@pytest.fixture(scope="module")
+def first(shared: Path, subject: lab.Subject) -> Iterator[tuple[Bench, list[Trial]]]:
+    """A laboratory that was asked for each plan."""
+    bench = open_bench(store.Run(shared / "first", shared / "cache"), subject)
+    trials = [bench.trial(plan) for plan in (FIRST, SECOND, OTHER)]
+    yield bench, trials
+    bench.lab.close()
+
+
+def resume(shared: Path, subject: lab.Subject, epoch: int = 0) -> Bench:
+    return open_bench(store.Run(shared / "first", shared / "cache"), subject, epoch)
+
+
+def test_a_trial_says_how_large_and_how_fast_a_candidate_is(
+    first: tuple[Bench, list[Trial]], subject: lab.Subject
+) -> None:
+    _, (trial, _, other) = first
+    whole = graph.count(subject.original, SHAPE)
+    block = 2 * (8 * 8 * 9 + 8)
+    assert (trial.parameters, trial.macs) == (whole[0] - block, whole[1] - 2 * 8 * 8 * 9 * 64)
+    assert other.parameters == whole[0] - (2 * 8 * 16 * 9 + 16 + 8)
+    assert trial.latency is not None
+    assert trial.latency.ratio_to_baseline is not None
+    assert trial.latency.ratio_ci95 is not None
+    assert trial.latency.ratio_ci95[0] <= trial.latency.ratio_to_baseline <= trial.latency.ratio_ci95[1]
+    assert trial.latency.samples >= 40
+    assert (trial.quality, trial.distance) == (None, None)
+
+
+def test_equal_structures_are_built_and_timed_once(first: tuple[Bench, list[Trial]], shared: Path) -> None:
+    bench, (one, same, other) = first
+    assert one.key != same.key
+    assert one.latency == same.latency
+    assert one.latency != other.latency
+    # The baseline and two structures.
+    assert bench.backend.built == 3
+    assert len(list((shared / "first" / "engines").glob("*/latency.json"))) == 2
+    assert [event.name for event in bench.events if event.kind == "note"] == ["engine"] * 3
+
+
+def test_raw_samples_are_kept_beside_a_latency(first: tuple[Bench, list[Trial]], shared: Path) -> None:
+    folders = [path.parent for path in (shared / "first" / "engines").glob("*/latency.json")]
+    samples = [np.load(folder / "samples.npy") for folder in folders]
+    assert all(array.shape[1:] == (2,) and (array > 0).all() for array in samples)
+    medians = {float(np.median(array[:, 1])) for array in samples}
+    assert medians == {trial.latency.median_ms for trial in first[1] if trial.latency is not None}
+
+
+def test_a_resumed_run_reuses_every_answer(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    again = resume(shared, subject)
+    assert [again.trial(plan) for plan in (FIRST, SECOND, OTHER)] == first[1]
+    assert again.origins == ["reused"] * 3
+    assert again.backend.built == 0
+
+
+def test_another_run_takes_answers_from_the_cache(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    other = open_bench(store.Run(shared / "other", shared / "cache"), subject)
+    assert [other.trial(plan) for plan in (FIRST, OTHER)] == [first[1][0], first[1][2]]
+    assert other.origins == ["cached"] * 2
+    assert other.backend.built == 0
+
+
+def test_other_weights_are_another_trial_on_the_same_engine(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    bench = open_bench(store.Run(shared / "first", None), replace(subject, model_digest="e" * 64))
+    trial = bench.trial(FIRST)
+    assert trial.key != first[1][0].key
+    assert trial.latency == first[1][0].latency
+    assert bench.backend.built == 0
+
+
+def test_another_epoch_is_timed_anew(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    later = resume(shared, subject, epoch=1)
+    trial = later.trial(FIRST)
+    later.lab.close()
+    assert later.origins == ["computed"]
+    assert later.backend.built == 2
+    assert trial.latency != first[1][0].latency
+    assert trial.key == first[1][0].key
+
+
+def test_engines_are_closed(first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject) -> None:
+    later = resume(shared, subject, epoch=2)
+    later.trial(FIRST)
+    assert later.backend.open == 1
+    later.lab.close()
+    assert later.backend.open == 0
+
+
+def test_a_step_is_computed_once(shared: Path, tmp_path: Path, subject: lab.Subject) -> None:
+    calls: Counter[str] = Counter()
+
+    def step(name: str, depends: str) -> Step:
+        def work() -> tuple[float, ...]:
+            calls[name + depends] += 1
+            return (0.1, 1 / 3)
+
+        return Step(name, depends, work)
+
+    for number, origin in ((1, "computed"), (2, "reused")):
+        bench = open_bench(store.Run(tmp_path / "run", tmp_path / "cache"), subject)
+        (answer,) = bench.ask(step("scores", "version 1"))
+        assert isinstance(answer, StepResult)
+        assert (answer.name, answer.values) == ("scores", (0.1, 1 / 3)), number
+        assert bench.origins == [origin]
+    other = open_bench(store.Run(tmp_path / "other", tmp_path / "cache"), subject)
+    other.ask(step("scores", "version 1"), step("scores", "version 2"))
+    assert other.origins == ["cached", "computed"]
+    assert calls == {"scoresversion 1": 1, "scoresversion 2": 1}
+
+
+@pytest.mark.parametrize("part", ["seed", "weights", "images"])
+def test_a_step_depends_on_seed_weights_and_images(tmp_path: Path, subject: lab.Subject, part: str) -> None:
+    changed = {
+        "seed": replace(subject, seed=1),
+        "weights": replace(subject, model_digest="e" * 64),
+        "images": replace(subject, calibration=replace(subject.calibration, digest="c" * 64)),  # type: ignore[type-var]
+    }
+    run = store.Run(tmp_path / "run", None)
+    step = Step("scores", "1", lambda: (1.0,))
+    open_bench(run, subject).ask(step)
+    bench = open_bench(run, changed[part])
+    bench.ask(step)
+    assert bench.origins == ["computed"]
+
+
+def test_tuning_brings_a_candidate_nearer_and_leaves_its_weights(
+    tmp_path: Path, subject: lab.Subject
+) -> None:
+    bench = open_bench(store.Run(tmp_path / "run", None), subject)
+    plain, tuned = bench.ask(
+        Ask(SECOND, wants=("distance", "quality")), Ask(SECOND, wants=("distance", "quality"), tune=MIMIC)
+    )
+    assert isinstance(plain, Trial)
+    assert isinstance(tuned, Trial)
+    candidate = graph.apply(subject.original, SECOND, SHAPE)
+    assert plain.distance == tune.distance(candidate, subject.original, subject.calibration)
+    assert tuned.distance is not None
+    assert plain.distance is not None
+    assert 0 < tuned.distance < 0.9 * plain.distance
+    assert tuned.quality is not None
+    assert (tuned.quality.metric, tuned.quality.count, tuned.quality.split) == ("top1", 16, "calibration")
+    assert bench.backend.built == 0
+
+    # The adaptors were folded away: the weights fit the plain candidate and give the distance that was told.
+    from safetensors.torch import load_file
+
+    candidate.load_state_dict(load_file(tmp_path / "run" / "trials" / tuned.key / "weights.safetensors"))
+    again = tune.distance(candidate, subject.original, subject.calibration)
+    assert again == pytest.approx(tuned.distance, rel=1e-4)
+
+
+def test_a_failed_step_is_no_answer(tmp_path: Path, subject: lab.Subject) -> None:
+    def fail() -> tuple[float, ...]:
+        raise ZeroDivisionError
+
+    run = store.Run(tmp_path / "run", None)
+    with pytest.raises(ZeroDivisionError):
+        open_bench(run, subject).ask(Step("scores", "1", fail))
+    bench = open_bench(run, subject)
+    bench.ask(Step("scores", "1", lambda: (2.0,)))
+    assert bench.origins == ["computed"]
+
+
+def test_driving_a_search_sends_answers_in_the_order_of_the_requests(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    seen: list[Sequence[Answer]] = []
+
+    def search() -> Search:
+        seen.append((yield [Ask(OTHER), Step("one", "1", lambda: (1.0,)), Ask(FIRST)]))
+        seen.append((yield []))
+        return Choice(FIRST, MIMIC, "it is small")
+
+    bench = resume(shared, subject)
+    choice = lab.drive(search(), bench.lab)
+    assert (choice.plan, choice.reason) == (FIRST, "it is small")
+    (other, step, one), nothing = seen
+    assert (other, one) == (first[1][2], first[1][0])
+    assert isinstance(step, StepResult)
+    assert step.values == (1.0,)
+    assert nothing == []
+    trials = [event for event in bench.events if event.kind == "trial"]
+    assert [(event.name, event.done, event.total) for event in trials] == [
+        ("without wide", 1, 3),
+        ("one", 2, 3),
+        ("without same.0", 3, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (Plan(), "original"),
+        (Plan(drop_blocks=("a", "b", "c")), "without a b c"),
+        (Plan(drop_blocks=("a", "b", "c", "d")), "without 4 blocks"),
+        (Plan(drop_blocks=("a",), input_hw=(8, 16)), "without a, at 8x16"),
+        (Plan(keep_channels=(("g", (0, 1)),)), "1 groups narrowed"),
+    ],
+)
+def test_a_plan_has_a_short_name(plan: Plan, name: str) -> None:
+    assert lab.plan_name(plan) == name
