@@ -227,6 +227,10 @@ class Lab:
             np.save(file, measured.samples_ms)
         latency = measured.candidate(self._fingerprint)
         self._run.store_answer("engines", key, "latency.json", latency)
+        # The choice is exported anew with its recovered weights; a candidate's files have served.
+        for path in folder.iterdir():
+            if path.suffix not in {".json", ".npy"}:
+                path.unlink()
         return latency, "computed"
 
     def _engine_key(self, model: fx.GraphModule) -> str:

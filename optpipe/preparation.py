@@ -43,12 +43,15 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         UsageError: something in the recipe, the model or the images does not fit.
         MissingError: this machine cannot run the target.
     """
-    method = plugins.method(recipe.method_name)
+    try:
+        method = plugins.method(recipe.method_name)
+        backend = plugins.backend(recipe.target.backend)
+    except UsageError as error:
+        raise UsageError(f"{recipe.path}: {error}") from None
     config: object = recipes.bind(method.Config, recipe.method, recipe.path, "method")
     recover = recipes.merge(method.RECOVER, recipe.recover, recipe.path, "recover")
     recipes.check_recovery(recover, recipe.path)
     recover = tune.on_this_machine(recover)
-    backend = plugins.backend(recipe.target.backend)
     model = models.load_model(recipe.model, recipe.folder)
     channels = models.input_channels(model)
     prepared = recipe.data.preprocess

@@ -42,6 +42,11 @@ def missing(target: Target) -> str | None:
 
     Raises UsageError for a target that this backend runs on no machine.
     """
+    if target.device != "cpu":
+        return (
+            f"target.device = {target.device!r}: the onnxruntime backend runs on the CPU, and no backend for "
+            'another device is installed; leave out --gpu, or set device = "cpu"'
+        )
     _check_target(target)
     if importlib.util.find_spec("onnxruntime") is None:
         return "the package onnxruntime is not installed: pip install 'optpipe[cpu]'"
