@@ -32,7 +32,7 @@ class ModelSpec:
 
     ``name`` is "torchvision:resnet34", "zoo:resnet56_cifar" or "package.module:function".
     ``weights`` is a file (.safetensors, .pth, .pt) or, for torchvision, a name such as "IMAGENET1K_V1";
-    without it the weights are random, the same ones each time.
+    without it, or with "random", the weights are random, the same ones each time.
     ``classes`` and ``in_channels`` are passed on to the network where they are given.
     """
 
@@ -55,7 +55,7 @@ def load_model(spec: ModelSpec, search_folder: Path = Path()) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         model = _build(spec, search_folder)
-    if spec.weights is not None:
+    if spec.weights is not None and spec.weights != "random":
         if _is_file_name(spec.weights):
             _load_into(model, search_folder / Path(spec.weights).expanduser(), spec.name)
         else:

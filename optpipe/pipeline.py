@@ -65,6 +65,8 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
 
         described = environment.describe(setup.backend.fingerprint(setup.target))
         store.write_atomically(opened.folder / "environment.json", store.to_json(described))
+        for warning in _skipped(setup):
+            tell(Event("warning", "data", warning))
         stages = Stages(opened, tell)
         ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened, 0))
         if opened.stage_result("analyze", Analyzed) is None:
@@ -302,6 +304,19 @@ def _reference(opened: store.Run) -> NDArray[np.float32]:
         raise RunError(f"{path}: cannot be read ({error}); start anew with --fresh") from error
 
 
+def _skipped(setup: Setup) -> tuple[str, ...]:
+    """A line for each image set of which some images could not be read."""
+    lines: list[str] = []
+    for split, images in (("calibration", setup.calibration), ("evaluation", setup.evaluation)):
+        if images.skipped:
+            names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
+            total = len(images) + len(images.skipped)
+            lines.append(
+                f"{len(images.skipped)} of {total} {split} images cannot be read and are left out: {names}"
+            )
+    return tuple(lines)
+
+
 def _report(setup: Setup, results: Results, described: schema.EnvironmentReport) -> schema.Report:
     recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
     stages = {name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES}
@@ -340,4 +355,5 @@ def _report(setup: Setup, results: Results, described: schema.EnvironmentReport)
         environment=described,
         sha256={"original weights": setup.model_digest, "recovered weights": results.recover.weights_sha256}
         | results.export.sha256,
+        warnings=_skipped(setup),
     )

@@ -68,7 +68,7 @@ class TimingTable:
     tolerance: float = 0.005
     budget_s: float = 5.0
     final_budget_s: float = 10.0
-    drift: float = 0.3
+    drift: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
