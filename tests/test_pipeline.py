@@ -1,0 +1,543 @@
+"""The six stages from a recipe to a report, with a small real network and real engines."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import optpipe
+from optpipe import data, deploy, onnx_export, pipeline, plugins, preparation, quality, store, timing, tune
+from optpipe import recipe as recipes
+from optpipe.errors import RunError, UsageError
+from optpipe.methods import practise
+from optpipe.report import build, schema
+from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
+from optpipe.types import Event
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.blocks(F.relu(self.stem(x)))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def make():
+    return Net()
+"""
+# Both blocks go, so that the plan does not hang on what is timed.
+RECIPE = """
+[model]
+name = "small_residual_network:make"
+
+[data]
+calibration = {{ source = "{calibration}", labels = false }}
+evaluation = {{ source = "{evaluation}" }}
+preprocess = {{ mean = [0.5, 0.5, 0.5], std = [0.25, 0.25, 0.25], size = [16, 16] }}
+
+[target]
+batch = 8
+threads = 1
+
+[timing]
+tolerance = 0.5
+budget_s = 0.05
+final_budget_s = 0.05
+drift = 1000
+
+[method]
+name = "practise"
+
+[recover]
+steps = 10
+batch = 8
+
+[budget]
+drop_blocks = 2
+
+[run]
+checkpoint_every = 3
+"""
+
+
+def write_images(path: Path, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=rng.integers(0, 4, count))
+
+
+def write_recipe(
+    folder: Path, calibration: str = "calibration.npz", evaluation: str = "evaluation.npz"
+) -> Path:
+    """A recipe with all that it needs beside it."""
+    (folder / "small_residual_network.py").write_text(NETWORK)
+    write_images(folder / "calibration.npz", 20, seed=1)
+    write_images(folder / "evaluation.npz", 24, seed=2)
+    path = folder / "small.toml"
+    path.write_text(RECIPE.format(calibration=calibration, evaluation=evaluation))
+    return path
+
+
+@dataclass
+class Ran:
+    """A finished run: its folder, its report and what it told."""
+
+    setup: preparation.Setup
+    folder: Path
+    report: schema.Report
+    events: list[Event] = field(default_factory=list)
+
+    def details(self, kind: str) -> list[tuple[str, str]]:
+        return [(event.name, event.detail) for event in self.events if event.kind == kind]
+
+
+def take(setup: preparation.Setup, folder: Path, *, fresh: bool = False) -> Ran:
+    events: list[Event] = []
+    report = pipeline.run(setup, folder, fresh=fresh, emit=events.append)
+    return Ran(setup, folder, report, events)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe; runs in it share a cache."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(home: Path) -> preparation.Setup:
+    return preparation.prepare(recipes.load(home / "small.toml"))
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path, setup: preparation.Setup) -> Ran:
+    """A run that nothing interrupted."""
+    return take(setup, home / "finished")
+
+
+@pytest.fixture
+def copied(finished: Ran, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def forget(folder: Path, *stages: str) -> None:
+    """Take the results of stages away, as if the run had been killed in them."""
+    for stage in stages:
+        (folder / f"{store.STAGES.index(stage) + 1:02d}-{stage}" / "result.json").unlink()
+
+
+def recovered_sha256(folder: Path) -> str:
+    return store.file_sha256(folder / "04-recover" / "weights.safetensors")
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_every_stage_leaves_its_result(finished: Ran) -> None:
+    run = store.Run(finished.folder, None)
+    ingested = run.stage_result("ingest", Ingested)
+    pruned = run.stage_result("prune", Pruned)
+    recovered = run.stage_result("recover", Recovered)
+    exported = run.stage_result("export", Exported)
+    final = run.stage_result("benchmark", Benchmarked)
+    assert ingested is not None and pruned is not None and recovered is not None
+    assert exported is not None and final is not None
+    assert [block.name for block in ingested.graph.droppable] == ["blocks.0", "blocks.1"]
+    assert ingested.graph.parameters - pruned.parameters == 2 * (2 * 16 * 16 * 9 + 2 * 2 * 16)
+    assert recovered.weights_sha256 == recovered_sha256(finished.folder)
+    assert exported.parity.passed
+    assert final.result.ratio_ci95 is not None
+    assert final.result.ratio_ci95[1] < 1
+    assert ingested.quality == final.original_quality
+    assert all(result.seconds > 0 for result in (ingested, pruned, recovered, exported, final))
+    stages = [name for name, detail in finished.details("stage") if detail == "finished"]
+    assert stages == list(store.STAGES)
+
+
+def test_the_report_can_be_read_and_says_what_was_done(finished: Ran, setup: preparation.Setup) -> None:
+    report = build.read(finished.folder)
+    assert report == finished.report
+    assert report.plan.drop_blocks == ("blocks.0", "blocks.1")
+    assert (report.budget.met, report.warnings) == (True, ())
+    assert (report.data.calibration_count, report.data.evaluation_count) == (20, 24)
+    assert report.data.calibration_sha256 == setup.calibration.digest
+    assert [table.title for table in report.tables] == ["Blocks", "Predicted and measured saving"]
+    assert report.original.quality.metric == "top1"
+    assert (report.original.quality.count, report.original.quality.split) == (24, "evaluation")
+    assert report.result.agreement is not None
+    assert (finished.folder / "report.md").read_text().strip()
+
+
+def test_the_report_scores_the_engines_on_the_evaluation_images(
+    finished: Ran, setup: preparation.Setup
+) -> None:
+    labels = setup.evaluation.labels
+    assert labels is not None
+    original = tune.logits(setup.original, setup.evaluation).numpy()
+    result = tune.logits(optpipe.load(finished.folder), setup.evaluation).numpy()
+    expected = quality.score(result, labels.numpy(), original, "evaluation")
+    assert finished.report.result.quality == expected
+    assert finished.report.result.agreement == quality.agreement(result, original, "evaluation")
+
+
+def test_the_loaded_network_computes_what_the_engine_does(finished: Ran, setup: preparation.Setup) -> None:
+    images = setup.evaluation.batch(slice(0, 24))
+    with torch.no_grad():
+        expected = optpipe.load(finished.folder)(images).numpy()
+    engine = setup.backend.build(
+        finished.folder / "deploy" / "model.onnx", setup.target, finished.folder / "deploy"
+    )
+    session = setup.backend.load(engine, setup.target)
+    found = session.run(images.numpy())
+    session.close()
+    assert np.abs(found - expected).max() < 1e-4
+    with torch.no_grad():
+        assert np.abs(setup.original(images).numpy() - expected).max() > 1e-3
+
+
+def test_the_bundle_verifies_until_a_file_of_it_changes(copied: Path) -> None:
+    assert deploy.verify(copied) == []
+    path = copied / "deploy" / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    (problem,) = deploy.verify(copied)
+    assert problem.startswith("model.safetensors: sha256 is")
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        optpipe.load(copied)
+
+
+def test_events_are_kept_as_they_were_told(finished: Ran) -> None:
+    lines = [json.loads(line) for line in (finished.folder / "events.jsonl").read_text().splitlines()]
+    kept = [(line["kind"], line["name"], line.get("detail", "")) for line in lines]
+    assert kept[: len(finished.events)] == [(e.kind, e.name, e.detail) for e in finished.events]
+
+
+def test_a_finished_run_given_again_computes_nothing(
+    copied: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    again = take(setup, copied)
+    assert again.report == finished.report
+    assert again.details("stage") == [(stage, "reused") for stage in store.STAGES]
+    assert again.details("trial") == again.details("progress") == []
+
+
+def test_another_run_of_the_recipe_gives_the_same_weights_from_the_cached_trials(
+    home: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    other = take(setup, home / "other")
+    assert {detail for _, detail in other.details("trial")} == {"cached"}
+    assert len(other.details("trial")) == len(finished.details("trial"))
+    assert other.report.plan == finished.report.plan
+    assert recovered_sha256(other.folder) == recovered_sha256(finished.folder)
+
+
+def test_a_recipe_that_was_changed_does_not_go_on_in_the_same_folder(copied: Path, home: Path) -> None:
+    changed = preparation.prepare(recipes.load(home / "small.toml", ["recover.steps=11"]))
+    with pytest.raises(
+        UsageError, match=r"holds another run \(it differs in recover.steps: 10 there, 11 here"
+    ):
+        take(changed, copied)
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+# Where each stage is interrupted: a function called in its midst, and how many calls go well before.
+INTERRUPTS: dict[str, tuple[object, str, int]] = {
+    "ingest": (onnx_export, "parity", 0),
+    "analyze": (timing, "paired", 1),
+    "prune": (tune, "logits", 0),
+    "recover": (store.DiskCheckpoint, "save", 2),
+    "export": (deploy, "write_bundle", 0),
+    "benchmark": (pipeline, "_reference", 0),
+}
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: object, name: str, after: int) -> None:
+    """Make a function raise KeyboardInterrupt once it was called ``after`` times."""
+    function = getattr(owner, name)
+    calls = 0
+
+    def interrupted(*arguments: Any, **named: Any) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return function(*arguments, **named)
+
+    patch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_in_every_stage_ends_as_one_that_was_not(
+    tmp_path: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    folder = tmp_path / "run"
+    for number, stage in enumerate(store.STAGES):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, *INTERRUPTS[stage])
+            with pytest.raises(KeyboardInterrupt):
+                take(setup, folder)
+        done = [path.parent.name[3:] for path in sorted(folder.glob("*/result.json"))]
+        assert done == list(store.STAGES[:number])
+    last = take(setup, folder)
+    assert last.details("stage")[:5] == [(stage, "reused") for stage in store.STAGES[:5]]
+    assert recovered_sha256(folder) == recovered_sha256(finished.folder)
+    assert last.report.plan == finished.report.plan
+    assert last.report.sha256 == finished.report.sha256
+    assert deploy.verify(folder) == []
+
+
+@pytest.mark.parametrize("stage", store.STAGES)
+def test_a_run_interrupted_in_one_stage_goes_on_in_it(
+    copied: Path, finished: Ran, setup: preparation.Setup, stage: str
+) -> None:
+    number = store.STAGES.index(stage)
+    forget(copied, *store.STAGES[number:])
+    for path in copied.glob("04-recover/checkpoint-*"):
+        path.unlink()
+    if stage == "analyze":
+        shutil.rmtree(copied / "engines")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, *INTERRUPTS[stage])
+        with pytest.raises(KeyboardInterrupt):
+            take(setup, copied)
+    again = take(setup, copied)
+    details = [detail for _, detail in again.details("stage") if detail != "started"]
+    assert details == ["reused"] * number + ["finished"] * (6 - number)
+    assert recovered_sha256(copied) == recovered_sha256(finished.folder)
+    assert again.report.plan == finished.report.plan
+    # Of the two engines the first was timed before the interruption: it serves both blocks and a prefix.
+    computed = [name for name, detail in again.details("trial") if detail == "computed"]
+    assert computed == (["without blocks.0 blocks.1"] if stage == "analyze" else [])
+
+
+def test_training_goes_on_from_its_checkpoint(copied: Path, finished: Ran, setup: preparation.Setup) -> None:
+    forget(copied, "recover", "export", "benchmark")
+    (checkpoint,) = copied.glob("04-recover/checkpoint-*")
+    views: list[int] = []
+
+    def counted(count: int, batch: int, seed: int, step: int) -> list[int]:
+        views.append(step)
+        return batch_indices(count, batch, seed, step)
+
+    batch_indices = tune.batch_indices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "batch_indices", counted)
+        take(setup, copied)
+    assert checkpoint.exists()
+    assert views == [9]
+    assert recovered_sha256(copied) == recovered_sha256(finished.folder)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_trains_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("steps = 10", "steps = 2000"))
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "optpipe.cli", "run", str(recipe), "--out", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(1200):
+            if list(folder.glob("04-recover/checkpoint-*.safetensors")) or process.poll() is not None:
+                break
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert list(folder.glob("04-recover/checkpoint-*.safetensors"))
+    assert not (folder / "04-recover" / "result.json").exists()
+    before = (folder / "events.jsonl").read_text().splitlines()
+
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    later = lines[len(before) :]
+    trials = [line for line in lines if line["kind"] == "trial" and line["detail"] == "computed"]
+    computed = [line["fields"]["key"] for line in trials]
+    assert len(computed) == len(set(computed)) == 4
+    assert not any(line["kind"] == "trial" for line in later)
+    steps = [line["done"] for line in later if line["kind"] == "progress"]
+    assert steps[0] > 1
+    assert steps[-1] == 2000
+
+    uninterrupted = take(preparation.prepare(recipes.load(recipe)), tmp_path / "whole")
+    assert recovered_sha256(uninterrupted.folder) == recovered_sha256(folder)
+
+
+def test_a_baseline_that_moved_begins_a_new_epoch_of_latencies(
+    copied: Path, setup: preparation.Setup
+) -> None:
+    forget(copied, *store.STAGES[1:])
+    timings = replace(setup.recipe.timing, drift=1e-9)
+    moved = replace(setup, recipe=replace(setup.recipe, timing=timings))
+    frozen = copied / "recipe.toml"
+    frozen.write_text(moved.frozen)
+    again = take(moved, copied)
+    (warning,) = again.details("warning")
+    assert warning[0] == "baseline"
+    assert "latencies are taken afresh" in warning[1]
+    renewed = store.Run(copied, None).stage_result("ingest", Ingested)
+    assert renewed is not None
+    assert renewed.epoch == 1
+    timed = [name for name, detail in again.details("trial") if detail == "computed"]
+    assert "without blocks.0" in timed
+    # Two structures were timed in each epoch: without one block, without both.
+    assert len(list((copied / "engines").glob("*/latency.json"))) == 4
+
+
+def test_a_baseline_that_stayed_keeps_its_latencies(copied: Path, setup: preparation.Setup) -> None:
+    forget(copied, *store.STAGES[1:])
+    again = take(setup, copied)
+    assert {detail for _, detail in again.details("trial")} == {"reused"}
+    assert [name for name, detail in again.details("note") if "latencies stay" in detail] == ["baseline"]
+    assert again.details("warning") == []
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("stage", store.STAGES[1:])
+def test_a_full_disk_leaves_the_stages_before_it_intact(
+    copied: Path, setup: preparation.Setup, finished: Ran, stage: str
+) -> None:
+    number = store.STAGES.index(stage)
+    forget(copied, *store.STAGES[number:])
+    before = {path: path.read_bytes() for path in copied.glob("*/result.json")}
+    replacing = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if target == copied / f"{number + 1:02d}-{stage}" / "result.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replacing(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(RunError, match=r"result.json: the disk is full; free some space and run again"):
+            take(setup, copied)
+    assert {path: path.read_bytes() for path in copied.glob("*/result.json")} == before
+    assert not list(copied.rglob(".*.tmp"))
+    again = take(setup, copied)
+    assert again.details("stage")[:number] == [(name, "reused") for name in store.STAGES[:number]]
+    assert recovered_sha256(copied) == recovered_sha256(finished.folder)
+
+
+def test_a_failure_is_recorded_beside_its_stage_until_it_goes_well(
+    copied: Path, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(copied, "export", "benchmark")
+
+    def refuse(*_: object) -> None:
+        raise RunError("the engine computes something else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_export, "check_parity", refuse)
+        with pytest.raises(RunError, match="something else"):
+            take(setup, copied)
+    failure = json.loads((copied / "05-export" / "failure.json").read_text())
+    assert (failure["error"], failure["message"]) == ("RunError", "the engine computes something else")
+    take(setup, copied)
+    assert not (copied / "05-export" / "failure.json").exists()
+
+
+# ---------------------------------------------------------------- the images
+
+
+def prepare_with(tmp_path: Path, **sources: str) -> preparation.Setup:
+    return preparation.prepare(recipes.load(write_recipe(tmp_path, **sources)))
+
+
+def test_evaluation_images_that_are_also_calibration_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\[data\]: 20 evaluation images are also calibration images"):
+        prepare_with(tmp_path, evaluation="calibration.npz")
+
+
+def test_a_method_that_needs_labels_refuses_images_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {name: getattr(practise, name) for name in ("Config", "RECOVER", "search")}
+    method = SimpleNamespace(**parts, NEEDS_LABELS=True)
+    monkeypatch.setattr(plugins, "method", lambda name: method)
+    with pytest.raises(
+        UsageError,
+        match=r"name = 'practise': needs labelled calibration images, and calibration.npz has no labels",
+    ):
+        prepare_with(tmp_path)
+
+
+def test_without_labels_the_metric_is_agreement_with_the_original(
+    copied: Path, setup: preparation.Setup
+) -> None:
+    forget(copied, *store.STAGES)
+    unlabelled = replace(setup, evaluation=replace(setup.evaluation, labels=None))
+    report = take(unlabelled, copied).report
+    assert (report.original.quality.metric, report.original.quality.value) == ("agreement", 1.0)
+    assert report.quality_before_recovery.metric == "agreement"
+    assert report.result.quality == report.result.agreement
+
+
+def write_folder(folder: Path, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
+
+
+def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
+    tmp_path: Path, copied: Path, setup: preparation.Setup
+) -> None:
+    write_folder(tmp_path / "pictures", 12, seed=3)
+    (tmp_path / "pictures" / "05.png").write_bytes(b"no picture")
+    spec = data.DataSpec("pictures", labels=False)
+    images = data.load_images(spec, setup.recipe.data.preprocess, 3, tmp_path)
+    assert len(images) == 11
+    forget(copied, "ingest", "prune", "benchmark")
+    ran = take(replace(setup, evaluation=images), copied)
+    (warning,) = ran.report.warnings
+    assert warning.startswith("1 of 12 evaluation images cannot be read and are left out: ")
+    assert warning.endswith("05.png")
+    assert ran.details("warning") == [("data", warning)]
+    assert f"Warning: {warning}." in (copied / "report.md").read_text()
+    assert ran.report.data.evaluation_count == 11
