@@ -400,9 +400,10 @@ def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert default.frozen(default.method, default.recover)
     monkeypatch.setenv("OPTPIPE_DATA", "/elsewhere")
     moved = recipes.load(path)
-    if "OPTPIPE_DATA" in path.read_text(encoding="utf-8"):
+    text = path.read_text(encoding="utf-8")
+    if "OPTPIPE_DATA" in text:
         assert moved.data.evaluation.source.startswith("/elsewhere/")
-    else:
+    elif "${" not in text:
         assert (path.parent / moved.data.evaluation.source).is_file()
 
 

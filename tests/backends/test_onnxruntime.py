@@ -47,7 +47,7 @@ def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch:
 def test_another_device_is_something_missing_on_this_machine(onnx: Path) -> None:
     target = Target("onnxruntime", 1, SHAPE, device="cuda")
     assert "target.device = 'cuda': the onnxruntime backend runs on the CPU" in str(backend.missing(target))
-    with pytest.raises(UsageError, match="target.device = 'cuda'"):
+    with pytest.raises(UsageError, match=r"target\.device = 'cuda'"):
         backend.load(onnx, target)
 
 
