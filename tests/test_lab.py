@@ -218,24 +218,18 @@ def test_other_weights_are_another_trial_on_the_same_engine(
     assert bench.backend.built == 0
 
 
-def test_another_epoch_is_timed_anew(
+def test_another_epoch_is_timed_anew_and_closes_its_engines(
     first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
 ) -> None:
     later = resume(shared, subject, epoch=1)
     trial = later.trial(FIRST)
+    assert later.backend.open == 1  # the baseline, for the next candidate
     later.lab.close()
+    assert later.backend.open == 0
     assert later.origins == ["computed"]
     assert later.backend.built == 2
     assert trial.latency != first[1][0].latency
     assert trial.key == first[1][0].key
-
-
-def test_engines_are_closed(first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject) -> None:
-    later = resume(shared, subject, epoch=2)
-    later.trial(FIRST)
-    assert later.backend.open == 1
-    later.lab.close()
-    assert later.backend.open == 0
 
 
 def test_a_step_is_computed_once(shared: Path, tmp_path: Path, subject: lab.Subject) -> None:

@@ -439,7 +439,7 @@ def test_a_baseline_that_stayed_keeps_its_latencies(copied: Path, setup: prepara
 # ---------------------------------------------------------------- failures
 
 
-@pytest.mark.parametrize("stage", store.STAGES[1:])
+@pytest.mark.parametrize("stage", ["recover", "benchmark"])
 def test_a_full_disk_leaves_the_stages_before_it_intact(
     copied: Path, setup: preparation.Setup, finished: Ran, stage: str
 ) -> None:
@@ -467,19 +467,19 @@ def test_a_full_disk_leaves_the_stages_before_it_intact(
 def test_a_failure_is_recorded_beside_its_stage_until_it_goes_well(
     copied: Path, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forget(copied, "export", "benchmark")
+    forget(copied, "benchmark")
 
-    def refuse(*_: object) -> None:
-        raise RunError("the engine computes something else")
+    def refuse(*_: object, **__: object) -> None:
+        raise RunError("the engine went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_export, "check_parity", refuse)
-        with pytest.raises(RunError, match="something else"):
+        patch.setattr(timing, "paired", refuse)
+        with pytest.raises(RunError, match="went away"):
             take(setup, copied)
-    failure = json.loads((copied / "05-export" / "failure.json").read_text())
-    assert (failure["error"], failure["message"]) == ("RunError", "the engine computes something else")
+    failure = json.loads((copied / "06-benchmark" / "failure.json").read_text())
+    assert (failure["error"], failure["message"]) == ("RunError", "the engine went away")
     take(setup, copied)
-    assert not (copied / "05-export" / "failure.json").exists()
+    assert not (copied / "06-benchmark" / "failure.json").exists()
 
 
 # ---------------------------------------------------------------- the images
@@ -510,7 +510,7 @@ def test_a_method_that_needs_labels_refuses_images_without(
 def test_without_labels_the_metric_is_agreement_with_the_original(
     copied: Path, setup: preparation.Setup
 ) -> None:
-    forget(copied, *store.STAGES)
+    forget(copied, "ingest", "prune", "benchmark")
     unlabelled = replace(setup, evaluation=replace(setup.evaluation, labels=None))
     report = take(unlabelled, copied).report
     assert (report.original.quality.metric, report.original.quality.value) == ("agreement", 1.0)
