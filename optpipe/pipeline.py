@@ -25,11 +25,11 @@ from optpipe import (
     timing,
     tune,
 )
-from optpipe.errors import RunError
+from optpipe.errors import RunError, UsageError
 from optpipe.lab import Clock, Lab, Subject, drive
 from optpipe.preparation import Setup
 from optpipe.report import build, schema
-from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Pruned, Recovered, Results
+from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Inputs, Pruned, Recovered, Results
 from optpipe.types import (
     Choice,
     Emit,
@@ -65,6 +65,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
 
         described = environment.describe(setup.backend.fingerprint(setup.target))
         store.write_atomically(opened.folder / "environment.json", store.to_json(described))
+        _check_inputs(setup, opened)
         for warning in _skipped(setup):
             tell(Event("warning", "data", warning))
         stages = Stages(opened, tell)
@@ -80,6 +81,26 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         report = _report(setup, results, described)
         build.write(opened.folder, report)
         return report
+
+
+def _check_inputs(setup: Setup, opened: store.Run) -> None:
+    """Refuse to go on with another model or other images than the run was begun with."""
+    inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest)
+    path = opened.folder / "inputs.json"
+    if not path.exists():
+        store.write_atomically(path, store.to_json(inputs))
+        return
+    begun = store.from_json(Inputs, path.read_bytes())
+    changed = [
+        field.name
+        for field in dataclasses.fields(Inputs)
+        if getattr(begun, field.name) != getattr(inputs, field.name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{opened.folder}: was begun with other {' and '.join(changed)} data under the same name; name "
+            "another folder with --out, or move that run aside with --fresh"
+        )
 
 
 class Stages:
@@ -317,6 +338,15 @@ def _skipped(setup: Setup) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _drifted(ingested: Ingested) -> tuple[str, ...]:
+    """A line where the original's latency drifted between two sittings."""
+    if not ingested.epoch:
+        return ()
+    return (
+        f"the original's latency drifted between sittings: latencies taken afresh {ingested.epoch} times",
+    )
+
+
 def _report(setup: Setup, results: Results, described: schema.EnvironmentReport) -> schema.Report:
     recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
     stages = {name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES}
@@ -355,5 +385,5 @@ def _report(setup: Setup, results: Results, described: schema.EnvironmentReport)
         environment=described,
         sha256={"original weights": setup.model_digest, "recovered weights": results.recover.weights_sha256}
         | results.export.sha256,
-        warnings=_skipped(setup),
+        warnings=(*_skipped(setup), *_drifted(results.ingest)),
     )

@@ -9,6 +9,15 @@ from optpipe.types import Choice, Latency, ModelGraph, Quality
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """inputs.json: sha256 of what the run was begun with; a resumed run must find the same."""
+
+    model: str
+    calibration: str
+    evaluation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ingested:
     """The original: its graph, its quality on the evaluation images, its latency by itself."""
 

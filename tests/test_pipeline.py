@@ -511,11 +511,22 @@ def test_without_labels_the_metric_is_agreement_with_the_original(
     copied: Path, setup: preparation.Setup
 ) -> None:
     forget(copied, "ingest", "prune", "benchmark")
+    (copied / "inputs.json").unlink()
     unlabelled = replace(setup, evaluation=replace(setup.evaluation, labels=None))
     report = take(unlabelled, copied).report
     assert (report.original.quality.metric, report.original.quality.value) == ("agreement", 1.0)
     assert report.quality_before_recovery.metric == "agreement"
     assert report.result.quality == report.result.agreement
+
+
+def test_a_run_is_not_resumed_with_other_images_under_the_same_name(
+    copied: Path, setup: preparation.Setup
+) -> None:
+    other = replace(setup, calibration=replace(setup.calibration, digest="0" * 64), model_digest="1" * 64)
+    with pytest.raises(
+        UsageError, match="was begun with other model and calibration data under the same name"
+    ):
+        take(other, copied)
 
 
 def write_folder(folder: Path, count: int, seed: int) -> None:
@@ -534,6 +545,7 @@ def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
     images = data.load_images(spec, setup.recipe.data.preprocess, 3, tmp_path)
     assert len(images) == 11
     forget(copied, "ingest", "prune", "benchmark")
+    (copied / "inputs.json").unlink()
     ran = take(replace(setup, evaluation=images), copied)
     (warning,) = ran.report.warnings
     assert warning.startswith("1 of 12 evaluation images cannot be read and are left out: ")
