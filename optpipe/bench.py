@@ -92,11 +92,11 @@ def as_text(benched: Benched) -> str:
     if benched.other is not None:
         lines += ["", *_summary(benched.other)]
         latency = benched.model.latency
-        assert latency.ratio_to_baseline is not None and latency.ratio_ci95 is not None
+        assert latency.ratio_to_original is not None and latency.ratio_ci95 is not None
         low, high = latency.ratio_ci95
         lines += [
             "",
-            f"Ratio {benched.model.model} / {benched.other.model}: {latency.ratio_to_baseline:.4f} "
+            f"Ratio {benched.model.model} / {benched.other.model}: {latency.ratio_to_original:.4f} "
             f"(95% interval {low:.4f} to {high:.4f}, {latency.samples} runs of each, in turn)",
         ]
     return "\n".join(lines) + "\n"

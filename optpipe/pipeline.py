@@ -360,14 +360,14 @@ def _report(setup: Setup, results: Results, described: schema.EnvironmentReport)
         budget=build.judge(recipe.budget, final.original, final.result, choice.plan),
         original=schema.NetworkReport(
             final.original_quality,
-            schema.LatencyReport.of(final.original),
+            final.original,
             setup.graph.parameters,
             setup.graph.macs,
             results.ingest.onnx_bytes,
         ),
         result=schema.NetworkReport(
             final.quality,
-            schema.LatencyReport.of(final.result),
+            final.result,
             results.prune.parameters,
             results.prune.macs,
             results.export.onnx_bytes,

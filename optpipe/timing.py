@@ -235,7 +235,7 @@ def to_latency(
         samples=int(samples_ms.size),
         warmup=warmup,
         fingerprint=fingerprint,
-        ratio_to_baseline=ratio,
+        ratio_to_original=ratio,
         ratio_ci95=ratio_ci95,
         converged=converged,
         headline=headline,

@@ -105,7 +105,7 @@ class Fingerprint:
 class Latency:
     """Time of one inference of a whole batch.
 
-    ``ratio_to_baseline`` is the median of paired ratios, ``ratio_ci95`` its bootstrap interval; both are
+    ``ratio_to_original`` is the median of paired ratios, ``ratio_ci95`` its bootstrap interval; both are
     None for a baseline timed by itself. ``converged`` says whether the interval reached the tolerance
     before the time budget ran out. ``headline`` names the figure as trtexec does: "Latency" on a CPU,
     "GPU Compute Time" on a GPU.
@@ -121,7 +121,7 @@ class Latency:
     samples: int
     warmup: int
     fingerprint: Fingerprint
-    ratio_to_baseline: float | None = None
+    ratio_to_original: float | None = None
     ratio_ci95: tuple[float, float] | None = None
     converged: bool = True
     headline: str = "Latency"

@@ -29,7 +29,7 @@ def make_latency(
         samples=200,
         warmup=20,
         fingerprint=FINGERPRINT,
-        ratio_to_baseline=ratio,
+        ratio_to_original=ratio,
         ratio_ci95=ci95,
     )
 
@@ -54,12 +54,10 @@ def make_report(
         seed=0,
         target=Target("onnxruntime", 16, (3, 32, 32), threads=2),
         budget=schema.BudgetReport(Budget(latency_reduction=0.22), met, "latency -25.0%"),
-        original=schema.NetworkReport(
-            original, schema.LatencyReport.of(make_latency(8.0)), 270_000, 41_000_000, 1_100_000
-        ),
+        original=schema.NetworkReport(original, make_latency(8.0), 270_000, 41_000_000, 1_100_000),
         result=schema.NetworkReport(
             result,
-            schema.LatencyReport.of(make_latency(8.0 * ratio, ratio, ci95)),
+            make_latency(8.0 * ratio, ratio, ci95),
             200_000,
             30_000_000,
             800_000,

@@ -317,7 +317,7 @@ def test_bench_json_agrees_with_itself(optpipe: Call, write_onnx: WriteOnnx) -> 
     assert 0 < latency["min_ms"] <= latency["median_ms"] <= latency["p99_ms"] <= latency["max_ms"]
     assert timed["throughput_qps"] == pytest.approx(1000 / latency["mean_ms"])
     assert timed["images_per_s"] == pytest.approx(2 * timed["throughput_qps"])
-    assert latency["ratio_to_baseline"] is None
+    assert latency["ratio_to_original"] is None
 
 
 def test_bench_vs_gives_the_ratio_of_two_networks(optpipe: Call, write_onnx: WriteOnnx) -> None:
@@ -327,7 +327,7 @@ def test_bench_vs_gives_the_ratio_of_two_networks(optpipe: Call, write_onnx: Wri
     both = json.loads(out)
     latency = both["model"]["latency"]
     low, high = latency["ratio_ci95"]
-    assert low <= latency["ratio_to_baseline"] <= high < 0.7
+    assert low <= latency["ratio_to_original"] <= high < 0.7
     assert both["other"]["latency"]["median_ms"] > both["model"]["latency"]["median_ms"]
     _, text, _ = optpipe("bench", small, "--vs", large, *QUICK)
     assert text.splitlines()[-1].startswith(f"Ratio {small} / {large}: 0.")

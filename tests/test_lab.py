@@ -164,9 +164,9 @@ def test_a_trial_says_how_large_and_how_fast_a_candidate_is(
     assert (trial.parameters, trial.macs) == (whole[0] - block, whole[1] - 2 * 8 * 8 * 9 * 64)
     assert other.parameters == whole[0] - (2 * 8 * 16 * 9 + 16 + 8)
     assert trial.latency is not None
-    assert trial.latency.ratio_to_baseline is not None
+    assert trial.latency.ratio_to_original is not None
     assert trial.latency.ratio_ci95 is not None
-    assert trial.latency.ratio_ci95[0] <= trial.latency.ratio_to_baseline <= trial.latency.ratio_ci95[1]
+    assert trial.latency.ratio_ci95[0] <= trial.latency.ratio_to_original <= trial.latency.ratio_ci95[1]
     assert trial.latency.samples >= 40
     assert (trial.quality, trial.distance) == (None, None)
 

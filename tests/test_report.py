@@ -71,14 +71,6 @@ def test_the_interface_has_a_version_and_fractions(report: schema.Report) -> Non
     assert value["plan"]["drop_blocks"] == ["layer1.1", "layer2.2"]
 
 
-def test_a_latency_enters_the_report_whole() -> None:
-    latency = make_latency(4.0, 0.5, (0.49, 0.51))
-    entered = dataclasses.asdict(schema.LatencyReport.of(latency))
-    expected = dataclasses.asdict(latency)
-    expected["ratio_to_original"] = expected.pop("ratio_to_baseline")
-    assert entered == expected
-
-
 def test_a_run_without_a_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         build.read(tmp_path)

@@ -75,7 +75,7 @@ def test_latency_figures_of_the_numbers_from_1_to_100() -> None:
     found = timing.to_latency(np.arange(1.0, 101.0), MACHINE, warmup=7, converged=False)
     assert (found.median_ms, found.mean_ms, found.min_ms, found.max_ms) == (50.5, 50.5, 1.0, 100.0)
     assert (found.p90_ms, found.p95_ms, found.p99_ms) == pytest.approx((90.1, 95.05, 99.01))
-    assert (found.samples, found.warmup, found.converged, found.ratio_to_baseline) == (100, 7, False, None)
+    assert (found.samples, found.warmup, found.converged, found.ratio_to_original) == (100, 7, False, None)
 
 
 def test_no_samples_are_an_error_and_no_latency() -> None:
@@ -129,9 +129,9 @@ def test_known_ratio_is_found_and_its_interval_holds_it() -> None:
     assert found.ratio == pytest.approx(0.7, rel=0.01)
     assert found.ratio_ci95[0] < 0.7 < found.ratio_ci95[1]
     assert found.samples_ms.shape == (200, 2)
-    assert found.candidate(MACHINE).ratio_to_baseline == found.ratio
+    assert found.candidate(MACHINE).ratio_to_original == found.ratio
     assert found.candidate(MACHINE).median_ms == pytest.approx(7, rel=0.01)
-    assert found.baseline(MACHINE).ratio_to_baseline is None
+    assert found.baseline(MACHINE).ratio_to_original is None
     assert found.baseline(MACHINE).median_ms == pytest.approx(10, rel=0.01)
 
 

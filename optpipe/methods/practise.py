@@ -134,9 +134,9 @@ def _time_each(blocks: Sequence[Block]) -> Generator[Sequence[Request], Sequence
 
 def _saving(trial: Trial) -> _Saving:
     latency = trial.latency
-    assert latency is not None and latency.ratio_to_baseline is not None and latency.ratio_ci95 is not None
+    assert latency is not None and latency.ratio_to_original is not None and latency.ratio_ci95 is not None
     low, high = latency.ratio_ci95
-    return _Saving(1.0 - latency.ratio_to_baseline, 1.0 - high, 1.0 - low)
+    return _Saving(1.0 - latency.ratio_to_original, 1.0 - high, 1.0 - low)
 
 
 def _check_reachable(

@@ -23,7 +23,7 @@ def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> sch
         met = dropped >= budget.drop_blocks
         return schema.BudgetReport(budget, met, f"{dropped} of {budget.drop_blocks} blocks dropped")
     allowed = budget.allowed_ratio(original)
-    ratio, ci95 = result.ratio_to_baseline, result.ratio_ci95
+    ratio, ci95 = result.ratio_to_original, result.ratio_ci95
     assert allowed is not None and ratio is not None and ci95 is not None
     met = ratio <= allowed
     verdict = f"latency {ratio - 1:+.1%} ({ci95[0] - 1:+.1%} to {ci95[1] - 1:+.1%}), asked {allowed - 1:+.1%}"

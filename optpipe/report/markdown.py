@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from optpipe.report.schema import LatencyReport, NetworkReport, Report
-from optpipe.types import Cell, Quality, Table
+from optpipe.report.schema import NetworkReport, Report
+from optpipe.types import Cell, Latency, Quality, Table
 
 
 def render(report: Report) -> str:
@@ -107,14 +107,14 @@ def _quality(quality: Quality) -> str:
     return f"{quality.value:.2%} ({quality.ci95[0]:.1%} to {quality.ci95[1]:.1%})"
 
 
-def _change(latency: LatencyReport) -> str:
+def _change(latency: Latency) -> str:
     if latency.ratio_to_original is None or latency.ratio_ci95 is None:
         return ""
     low, high = latency.ratio_ci95
     return f"{latency.ratio_to_original - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
 
 
-def _percentiles(latency: LatencyReport) -> str:
+def _percentiles(latency: Latency) -> str:
     return f"{latency.p90_ms:.3f} / {latency.p95_ms:.3f} / {latency.p99_ms:.3f}"
 
 

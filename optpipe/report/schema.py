@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optpipe.types import Budget, Fingerprint, Latency, Plan, Quality, Table, Target, Tune
+from optpipe.types import Budget, Latency, Plan, Quality, Table, Target, Tune
 
 SCHEMA = "optpipe.report/1"
 
@@ -22,51 +22,11 @@ class BudgetReport:
 
 
 @dataclass(frozen=True, slots=True)
-class LatencyReport:
-    """A latency as in :class:`~optpipe.types.Latency`; the ratio is to the original, timed in turn."""
-
-    median_ms: float
-    mean_ms: float
-    min_ms: float
-    max_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    samples: int
-    warmup: int
-    headline: str
-    converged: bool
-    fingerprint: Fingerprint
-    ratio_to_original: float | None
-    ratio_ci95: tuple[float, float] | None
-
-    @staticmethod
-    def of(latency: Latency) -> LatencyReport:
-        """The report's view of a latency."""
-        return LatencyReport(
-            median_ms=latency.median_ms,
-            mean_ms=latency.mean_ms,
-            min_ms=latency.min_ms,
-            max_ms=latency.max_ms,
-            p90_ms=latency.p90_ms,
-            p95_ms=latency.p95_ms,
-            p99_ms=latency.p99_ms,
-            samples=latency.samples,
-            warmup=latency.warmup,
-            headline=latency.headline,
-            converged=latency.converged,
-            fingerprint=latency.fingerprint,
-            ratio_to_original=latency.ratio_to_baseline,
-            ratio_ci95=latency.ratio_ci95,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class NetworkReport:
     """One network as it deploys. ``agreement`` is with the original's classes on the evaluation images."""
 
     quality: Quality
-    latency: LatencyReport
+    latency: Latency
     parameters: int
     macs: int
     onnx_bytes: int
