@@ -139,8 +139,8 @@ def markdown(facts: dict[str, object], rows: list[Row]) -> str:
         f"are disjoint; versions {facts['versions']}.",
         "",
         "Latency of the result beside the original's, timed in turn; a seed decides the calibration images, "
-        "the recovery and the clock. Seconds of a run are those of its stages; budgets of one seed share "
-        "their scores and engines, so that only the first pays for them.",
+        "the recovery and the clock. Seconds of a run are those of its stages; runs share engines, and those of a seed "
+        "their scores, so that only the first pays for them.",
         "",
         "| budget | seed | dropped | measured saving (95% interval) | MACs | before recovery | top-1 | change, "
         "points | agreement | run s | recovery s |",
