@@ -61,7 +61,7 @@ class Network:
     input_shape: tuple[int, int, int]
 
 
-SCALES = {"quick": Scale(5, 2.0, 5), "full": Scale(30, 5.0, 12)}
+SCALES = {"quick": Scale(5, 2.0, 5), "full": Scale(30, 5.0, 8)}
 RESNET56_DROPS = ("layer1.1", "layer1.4", "layer1.7", "layer2.3", "layer2.6", "layer3.4")
 NETWORKS = {
     "resnet20": Network(resnet20, CIFAR),
@@ -71,7 +71,7 @@ NETWORKS = {
     "resnet18@64": Network(lambda: torchvision.models.resnet18(weights=None), SMALL),
     "mobilenet_v2@64": Network(lambda: torchvision.models.mobilenet_v2(weights=None), SMALL),
 }
-SELF = ("resnet20", "resnet56")
+SELF = ("resnet56",)
 PAIRS = (
     ("resnet20", "resnet20 less 1 block"),
     ("resnet56", "resnet56 less 6 blocks"),
