@@ -264,3 +264,11 @@ def test_devices_do_not_wait_for_each_other(device: str) -> None:
     refuse = lambda: pytest.fail("waited for another device")  # noqa: E731
     with timing.device_lock(device), timing.device_lock("cuda:0", on_wait=refuse):
         pass
+
+
+def test_the_spread_between_sessions_widens_an_interval_as_independent_errors_add() -> None:
+    spread = 1.96 * timing.SESSION_SD * 0.8
+    low, high = timing.with_session_spread(0.8, (0.8 - 3 * spread, 0.8 + 4 * spread))
+    assert (0.8 - low, high - 0.8) == pytest.approx((10**0.5 * spread, 17**0.5 * spread))
+    low, high = timing.with_session_spread(0.8, (0.8, 0.8))
+    assert (0.8 - low, high - 0.8) == pytest.approx((spread, spread))
