@@ -4,7 +4,7 @@ PYTHON := $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup lint unit clean
+.PHONY: demo test test-slow setup lint unit clean
 
 demo: setup
 	$(VENV)/bin/optpipe run recipes/practise.toml
@@ -25,7 +25,10 @@ lint: setup
 	$(VENV)/bin/mypy
 
 unit: setup
-	$(VENV)/bin/python -m pytest -m 'not gpu'
+	$(VENV)/bin/python -m pytest -m 'not gpu and not slow'
+
+test-slow: setup
+	$(VENV)/bin/python -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
