@@ -254,7 +254,8 @@ def _write(path: Path, data: bytes) -> None:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:
