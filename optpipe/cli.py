@@ -196,8 +196,8 @@ def doctor(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and turns every failure into one line and its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Training threads that wait by spinning take the processor from the engines that are timed, and on a
-    # machine that others use too from each other: a step of ResNet-20 took five times as long.
+    # Training threads that wait by spinning take the processor from the engines that are timed, and, on a
+    # machine that others use too, from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli.main(args=words, prog_name="optpipe", standalone_mode=False)
