@@ -11,8 +11,8 @@ Two sessions in one process must not disturb each other, nor differ by where the
   takes about twice as long and savings look smaller than they are;
 - a session's own threads are each bound to one core, the same in every session, while the calling thread
   stays free. Unbound, on two cores that others use too, the same engine in two sessions differed by
-  far more than the noise for as long as they lived, because one session's thread had settled on the busier core; bound, on the
-  same machine, such differences were gone, and the time itself was the same.
+  far more than the noise for as long as they lived, because one session's thread had settled on the
+  busier core; bound, on the same machine, such differences were gone, and the time itself was the same.
 """
 
 from __future__ import annotations

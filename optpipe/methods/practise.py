@@ -11,8 +11,8 @@ whose removal made the engine slower first. Latencies do not add up, so every pr
 the paper's Algorithm 1: in trials on CIFAR-10 ResNet-56 with equal recovery, scoring once chose the better
 nine blocks.
 
-Recovery departs from the paper's settings too: a higher rate, a cosine schedule, shifts and CutMix for resized
-crops, and the stages' outputs in the loss. ``recipes/cifar10/practise_resnet56_paper.toml`` takes all of it
+Recovery departs from the paper's settings too: a higher rate, a cosine schedule, shifts and CutMix for
+resized crops, and the stages' outputs in the loss. ``recipes/cifar10/practise_resnet56_paper.toml`` takes all of it
 back; ``benchmarks/budgets.py`` measures either.
 """
 
