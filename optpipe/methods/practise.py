@@ -12,8 +12,8 @@ the paper's Algorithm 1: in trials on CIFAR-10 ResNet-56 with equal recovery, sc
 nine blocks.
 
 Recovery departs from the paper's settings too: a higher rate, a cosine schedule, shifts and CutMix for
-resized crops, and the stages' outputs in the loss. ``recipes/cifar10/practise_resnet56_paper.toml`` takes all of it
-back; ``benchmarks/budgets.py`` measures either.
+resized crops, and the stages' outputs in the loss. The recipe ``cifar10/practise_resnet56_paper.toml`` takes
+all of it back; ``benchmarks/budgets.py`` measures either.
 """
 
 from __future__ import annotations
