@@ -55,8 +55,9 @@ SESSION_SD = 0.0013
 """Standard deviation of a ratio from one pair of sessions to the next of the same two engines.
 
 Where a session's memory and threads happen to lie stays with it, so no number of runs of one pair shows
-this spread, and an interval without it covered the truth in 22 of 30 measurements of 5 s. It was measured as
-what 30 fresh pairs of one ResNet-56 engine varied beyond their intervals (``benchmarks/clock.py``).
+this spread, and an interval without it misses the truth too often. It is the variance of the ratio over 30
+fresh pairs of one ResNet-56 engine, less the mean square of their standard errors, on two cores; a rerun of
+``benchmarks/clock.py`` gives what it takes to measure it on another machine.
 """
 
 _LOOK_GROWTH = 1.3

@@ -11,7 +11,7 @@ from torch import fx, nn
 from optpipe.graph.trace import module_of, node_macs
 from optpipe.types import ChannelGroup
 
-# Following every channel takes 20 s for DenseNet-121; these few, spread evenly, show the same ties.
+# Following every channel is slow where there are many layers; these few, spread evenly, show the same ties.
 _PROBES = 9
 
 
