@@ -74,7 +74,7 @@ class ModelGraph:
 
 # ---------------------------------------------------------------- measurement
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,29 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceState:
+    """An accelerator's clocks at one moment, read and never set.
+
+    ``throttle`` holds the reasons why the clocks are held below what they could be, empty when they are not.
+    """
+
+    sm_clock_mhz: int
+    memory_clock_mhz: int
+    temperature_c: int
+    power_w: float | None = None
+    throttle: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Latency:
     """Time of one inference of a whole batch.
 
     ``ratio_to_original`` is the median of paired ratios, ``ratio_ci95`` its bootstrap interval; both are
     None for a baseline timed by itself. ``converged`` says whether the interval reached the tolerance
     before the time budget ran out. ``headline`` names the figure as trtexec does: "Latency" on a CPU,
-    "GPU Compute Time" on a GPU.
+    "GPU Compute Time" on a GPU. The medians of a GPU's other figures stand beside it: of the host's time to
+    enqueue, of the copies to and from the device, and of copy, compute and copy end to end. ``notes`` say
+    how the engine was run, ``warnings`` why the figures may mislead.
     """
 
     median_ms: float
@@ -125,6 +141,14 @@ class Latency:
     ratio_ci95: tuple[float, float] | None = None
     converged: bool = True
     headline: str = "Latency"
+    enqueue_ms: float | None = None
+    h2d_ms: float | None = None
+    d2h_ms: float | None = None
+    end_to_end_ms: float | None = None
+    before: DeviceState | None = None
+    after: DeviceState | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,14 +339,40 @@ class Sample:
     d2h_ms: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A built engine. Loading one compares its bytes with ``sha256`` first: a plan is executable code.
+
+    ``timing_cache`` is the cache that sped its build up, where the backend keeps one; ``notes`` are what the
+    builder wants the user to know.
+    """
+
+    path: Path
+    sha256: str
+    build_s: float
+    timing_cache: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Session(Protocol):
     """A loaded engine with fixed input and output buffers."""
+
+    @property
+    def headline(self) -> str:
+        """What ``Sample.compute_ms`` is: "Latency" on a CPU, "GPU Compute Time" on a GPU."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the engine is run, where that is a choice: "CUDA graph", say, or why there is none."""
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (N, classes) of images (N, C, H, W); any N, padded to the engine's batch inside."""
 
     def sample(self) -> Sample:
         """Time one inference of the target's batch on the fixed buffers."""
+
+    def state(self) -> DeviceState | None:
+        """The device's clocks now; None where there is nothing to read."""
 
     def close(self) -> None:
         """Release what the session holds."""
@@ -331,17 +381,30 @@ class Session(Protocol):
 class Backend(Protocol):
     """A module in ``optpipe/backends``; it imports its SDK inside its functions only."""
 
+    SOURCE: Literal["onnx", "program"]
+    """What it builds from: an ONNX file at the target's precision, or a ``torch.export`` program in fp32."""
+    CACHES_BUILDS: bool
+    """Whether building an engine a second time is quicker, because the first left a cache."""
+    INT8_REST: Literal["fp32", "fp16"]
+    """The precision of what an int8 network leaves unquantized."""
+
+    def precisions(self, device: str) -> tuple[Precision, ...]:
+        """The precisions in which it runs on "cpu" or "cuda"; empty where it does not run at all."""
+
     def missing(self, target: Target) -> str | None:
-        """What this machine lacks to run the target and how to mend it; None if nothing."""
+        """What this machine lacks to run the target and how to mend it; None if nothing.
+
+        Raises UsageError for a target that it runs on no machine.
+        """
 
     def fingerprint(self, target: Target) -> Fingerprint:
         """The machine, as this backend sees it."""
 
-    def build(self, onnx: Path, target: Target, folder: Path) -> Path:
-        """Build an engine from an ONNX file into ``folder``; returns the engine's path."""
+    def build(self, source: Path, target: Target, folder: Path) -> Engine:
+        """Build an engine from a file of the kind ``SOURCE`` into ``folder``."""
 
-    def load(self, engine: Path, target: Target) -> Session:
-        """Open an engine for running and timing."""
+    def load(self, engine: Engine, target: Target) -> Session:
+        """Open an engine for running and timing; RunError where its bytes are not those of its sha256."""
 
 
 class Method(Protocol):
