@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from optpipe import timing
-from optpipe.types import Fingerprint, Sample
+from optpipe.types import DeviceState, Fingerprint, Latency, Sample
 
 MACHINE = Fingerprint("a processor", "an OS", (("engine", "1"),), threads=2)
 
@@ -27,6 +28,12 @@ class Scripted:
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return images
+
+    headline = "Latency"
+    notes: tuple[str, ...] = ()
+
+    def state(self) -> DeviceState | None:
+        return None
 
     def sample(self) -> Sample:
         self.journal.append(self.name)
@@ -272,3 +279,69 @@ def test_the_spread_between_sessions_widens_an_interval_as_independent_errors_ad
     assert (0.8 - low, high - 0.8) == pytest.approx((10**0.5 * spread, 17**0.5 * spread))
     low, high = timing.with_session_spread(0.8, (0.8, 0.8))
     assert (0.8 - low, high - 0.8) == pytest.approx((spread, spread))
+
+
+class OnGpu(Scripted):
+    """A scripted session with transfers, and a device whose state is given."""
+
+    headline = "GPU Compute Time"
+    notes: tuple[str, ...] = ("CUDA graph",)
+
+    def __init__(self, enqueue_ms: float, device: DeviceState, spread: float = 0.0) -> None:
+        super().__init__([], "G", noisy(2.0, 0, spread))
+        self.enqueue_ms, self.device = enqueue_ms, device
+
+    def sample(self) -> Sample:
+        return Sample(super().sample().compute_ms, self.enqueue_ms, h2d_ms=0.5, d2h_ms=0.25)
+
+    def state(self) -> DeviceState | None:
+        return self.device
+
+
+COOL = DeviceState(1980, 3201, 45)
+
+
+def alone_on_gpu(session: OnGpu) -> Latency:
+    return timing.single(session, tolerance=0, budget_s=60, warmup_s=0, seed=0, max_samples=40).latency(
+        MACHINE
+    )
+
+
+def test_a_gpus_copies_stand_beside_its_compute_time_and_add_up_to_the_whole() -> None:
+    found = alone_on_gpu(OnGpu(0.1, COOL))
+    assert (found.headline, found.notes) == ("GPU Compute Time", ("CUDA graph",))
+    assert (found.median_ms, found.enqueue_ms, found.h2d_ms, found.d2h_ms) == (2.0, 0.1, 0.5, 0.25)
+    assert found.end_to_end_ms == 2.75
+    assert (found.before, found.after, found.warnings) == (COOL, COOL, ())
+
+
+def test_both_sides_of_a_pair_keep_their_own_transfers() -> None:
+    found = timing.paired(
+        OnGpu(0.1, COOL), OnGpu(0.3, COOL), tolerance=0, budget_s=60, warmup_s=0, seed=0, max_pairs=40
+    )
+    assert found.transfers_ms.shape == (40, 2, 3)
+    assert found.baseline(MACHINE).enqueue_ms == 0.1
+    assert found.candidate(MACHINE).enqueue_ms == 0.3
+
+
+def test_a_processor_has_no_copies_to_report() -> None:
+    session, _, _ = scripted(noisy(1.0, 0, 0.5), noisy(1.0, 0))
+    found = timing.single(session, tolerance=0, budget_s=60, warmup_s=0, seed=0, max_samples=40)
+    latency = found.latency(MACHINE)
+    assert (latency.enqueue_ms, latency.end_to_end_ms, latency.warnings) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("session", "warning"),
+    [
+        (OnGpu(0.1, COOL, spread=0.1), "coefficient of variation"),
+        (OnGpu(1.9, COOL), r"time to enqueue \(1\.900 ms\) is above 0\.8"),
+        (
+            OnGpu(0.1, DeviceState(1200, 3201, 88, 700.0, ("thermal",))),
+            r"throttled \(thermal; 1200 MHz at 88 C",
+        ),
+    ],
+)
+def test_figures_of_a_gpu_that_may_mislead_come_with_the_reason(session: OnGpu, warning: str) -> None:
+    (found,) = alone_on_gpu(session).warnings
+    assert re.search(warning, found)
