@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from optpipe.backends import onnxruntime as backend
+from optpipe.backends._engine import engine_of
 from optpipe.errors import RunError, UsageError
 from optpipe.onnx_export import export
 from optpipe.types import Target
@@ -44,17 +46,11 @@ def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch:
     )
 
 
-def test_another_device_is_something_missing_on_this_machine(onnx: Path) -> None:
-    target = Target("onnxruntime", 1, SHAPE, device="cuda")
-    assert "target.device = 'cuda': the onnxruntime backend runs on the CPU" in str(backend.missing(target))
-    with pytest.raises(UsageError, match=r"target\.device = 'cuda'"):
-        backend.load(onnx, target)
-
-
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target("onnxruntime", 1, SHAPE, precision="int8"), "target.precision = 'int8'"),
+        (Target("onnxruntime", 1, SHAPE, precision="fp16"), r"target\.precision = 'fp16': .*fp32, int8"),
+        (Target("onnxruntime", 1, SHAPE, device="tpu"), "target.device = 'tpu'"),
         (Target("onnxruntime", 0, SHAPE), "target.batch = 0"),
         (Target("onnxruntime", 1, SHAPE, threads=0), "target.threads = 0"),
     ],
@@ -64,14 +60,24 @@ def test_a_target_it_cannot_serve_is_a_usage_error(target: Target, message: str)
         backend.missing(target)
 
 
-def test_the_engine_is_the_deployed_file_byte_for_byte(onnx: Path, tmp_path: Path) -> None:
-    engine = backend.build(onnx, Target("onnxruntime", 2, SHAPE), tmp_path)
-    assert engine.read_bytes() == onnx.read_bytes()
+def test_the_engine_is_the_onnx_file_where_it_lies(onnx: Path, tmp_path: Path) -> None:
+    engine = backend.build(onnx, Target("onnxruntime", 2, SHAPE), tmp_path / "folder")
+    assert engine.path == onnx
+    assert engine.sha256 == hashlib.sha256(onnx.read_bytes()).hexdigest()
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_target_it_cannot_serve_is_neither_built_nor_loaded(onnx: Path, tmp_path: Path) -> None:
+    target = Target("onnxruntime", 2, SHAPE, precision="bf16")
+    with pytest.raises(UsageError, match="bf16"):
+        backend.build(onnx, target, tmp_path)
+    with pytest.raises(UsageError, match="bf16"):
+        backend.load(engine_of(onnx, 0.0), target)
 
 
 def test_an_engine_of_another_image_size_is_refused_with_both_shapes(onnx: Path) -> None:
     with pytest.raises(RunError, match=r"2x3x8x8.*2x3x16x16"):
-        backend.load(onnx, Target("onnxruntime", 2, (3, 16, 16), threads=1))
+        backend.load(engine_of(onnx, 0.0), Target("onnxruntime", 2, (3, 16, 16), threads=1))
 
 
 def test_a_free_batch_dimension_of_any_name_is_set_to_the_targets(onnx: Path, tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_a_free_batch_dimension_of_any_name_is_set_to_the_targets(onnx: Path, tm
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     renamed = tmp_path / "renamed.onnx"
     onnx_package.save(proto, renamed)
-    session = backend.load(renamed, Target("onnxruntime", 5, SHAPE, threads=1))
+    session = backend.load(engine_of(renamed, 0.0), Target("onnxruntime", 5, SHAPE, threads=1))
     assert session.run(np.zeros((7, *SHAPE), np.float32)).shape == (7, 3)
     session.close()
 
@@ -88,8 +94,8 @@ def test_a_free_batch_dimension_of_any_name_is_set_to_the_targets(onnx: Path, tm
 def test_failures_carry_onnxruntimes_own_message(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no engine")
-    with pytest.raises(RunError, match=r"Protobuf parsing failed; delete the file"):
-        backend.load(broken, Target("onnxruntime", 2, SHAPE, threads=1))
+    with pytest.raises(RunError, match=r"(?i)protobuf parsing failed; export the network anew"):
+        backend.load(engine_of(broken, 0.0), Target("onnxruntime", 2, SHAPE, threads=1))
 
 
 def test_threads_default_to_all_cores() -> None:
@@ -98,6 +104,8 @@ def test_threads_default_to_all_cores() -> None:
 
 
 def test_more_threads_than_cores_still_run(onnx: Path) -> None:
-    session = backend.load(onnx, Target("onnxruntime", 2, SHAPE, threads=(os.cpu_count() or 1) + 1))
+    session = backend.load(
+        engine_of(onnx, 0.0), Target("onnxruntime", 2, SHAPE, threads=(os.cpu_count() or 1) + 1)
+    )
     assert session.sample().compute_ms > 0
     session.close()

@@ -1,0 +1,66 @@
+"""What ONNX Runtime's sessions share on every device: opening a file at a fixed shape, and its errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from optpipe.backends._engine import checked_bytes
+from optpipe.backends._images import shape_text
+from optpipe.errors import RunError
+from optpipe.types import Engine, Target
+
+Provider = str | tuple[str, dict[str, str]]
+
+
+def open_session(
+    engine: Engine, target: Target, options: Callable[[], Any], providers: Sequence[Provider]
+) -> Any:
+    """An InferenceSession whose free dimensions, the batch first of all, are set to the target's.
+
+    ``options`` makes the session's options anew each time. Raises RunError where the file is not the one
+    that was built, or takes other images than the target's; what ONNX Runtime raises passes through.
+    """
+    import onnxruntime
+
+    content = checked_bytes(engine)
+    # A first look without optimisation only reads the names of the dimensions; any exporter's will do.
+    look = options()
+    look.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = onnxruntime.InferenceSession(content, look, providers=["CPUExecutionProvider"]).get_inputs()
+    if len(found) != 1:
+        raise RunError(
+            f"{engine.path} has {len(found)} inputs: optpipe runs networks with one input of images"
+        )
+    fixed = options()
+    wanted = (target.batch, *target.input_shape)
+    for size, dimension in zip(wanted, found[0].shape, strict=False):
+        if isinstance(dimension, str):
+            fixed.add_free_dimension_override_by_name(dimension, size)
+    session = onnxruntime.InferenceSession(content, fixed, providers=list(providers))
+    shape = tuple(session.get_inputs()[0].shape)
+    if shape != wanted:
+        raise RunError(
+            f"{engine.path} takes inputs of shape {shape_text(shape)}, the target has {shape_text(wanted)}: "
+            "set target.batch and target.input_shape to the engine's, or export the network anew"
+        )
+    return session
+
+
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """All that ONNX Runtime raises; its exceptions share no base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError)
+
+
+def failure(engine: Path, error: Exception) -> RunError:
+    """ONNX Runtime's own message in one line, with what to do."""
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split())).rstrip(".")
+    return RunError(
+        f"ONNX Runtime cannot run {engine}: {reason}; export the network anew, "
+        "or check that this ONNX Runtime is recent enough for it"
+    )
