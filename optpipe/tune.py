@@ -6,12 +6,13 @@ the number of steps, and a run that was killed ends with the weights of one that
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from optpipe.losses import mimicking_loss
 from optpipe.types import Emit, Event, Images, Tune
 
 EVALUATION_BATCH = 128
+
+T = TypeVar("T", bound=nn.Module)
 
 
 class Checkpoint(Protocol):
@@ -57,18 +60,20 @@ def train(
     seed: int,
     checkpoint: Checkpoint | None = None,
     emit: Emit | None = None,
+    device: str = "cpu",
 ) -> Trained:
     """Train ``student`` in place until it mimics ``original`` (PRACTISE, Eqs 31 and 34).
 
-    Goes on from the checkpoint where there is one. Only batch-norm layers are ever put in train mode.
+    Goes on from the checkpoint where there is one. Only batch-norm layers are ever put in train mode. On
+    another ``device`` the student goes there and comes back; the original stays where it is.
 
     Raises:
         RunError: the loss is no number any more; the checkpoint before it stays.
     """
     readers = graph.stage_readers(original) if tune.stage_weight else ()
     layout = torch.channels_last
-    pupil = graph.observe(student, readers).to(memory_format=layout)
-    teacher = graph.observe(original, readers).eval()
+    pupil = graph.observe(student.to(device), readers).to(memory_format=layout)
+    teacher = _there(graph.observe(original, readers).eval(), device)
     parameters = _trainable(student, pupil, tune)
     optimizer = _optimizer(list(parameters.values()), tune)
     saved = checkpoint.load() if checkpoint is not None else None
@@ -77,8 +82,8 @@ def train(
     for step in range(start, tune.steps):
         for group in optimizer.param_groups:
             group["lr"] = tune.lr * rate(step, tune)
-        images = _view(calibration, tune, seed, step).to(memory_format=layout)
-        with _autocast(tune):
+        images = _view(calibration, tune, seed, step).to(device, memory_format=layout)
+        with _autocast(tune, device):
             with torch.no_grad():
                 wanted = teacher(images)
             got = pupil(images)
@@ -99,15 +104,23 @@ def train(
         if emit is not None and (done % 10 == 0 or done == tune.steps):
             emit(Event("progress", "training", f"loss {last:.4g}", done, tune.steps))
     optimizer.zero_grad(set_to_none=True)
-    student.eval().requires_grad_(False)
+    student.to("cpu").eval().requires_grad_(False)
     return Trained(first, last)
 
 
-def on_this_machine(tune: Tune) -> Tune:
-    """``tune`` with ``autocast = "auto"`` resolved: bfloat16 where the processor has instructions for it."""
+def training_device(device: str) -> str:
+    """Where to train for a target's device: on the GPU where torch can use it, else on the CPU."""
+    return "cuda" if device == "cuda" and torch.cuda.is_available() else "cpu"
+
+
+def on_this_machine(tune: Tune, device: str = "cpu") -> Tune:
+    """``tune`` with ``autocast = "auto"`` resolved: bfloat16 where the hardware has instructions for it."""
     if tune.autocast != "auto":
         return tune
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return dataclasses.replace(tune, autocast="bf16" if native else "off")
 
 
@@ -130,27 +143,35 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> list[int]:
     return [int(index) for index in row[offset : offset + size]]
 
 
-def distance(student: fx.GraphModule, original: fx.GraphModule, calibration: Images) -> float:
+def distance(
+    student: fx.GraphModule, original: fx.GraphModule, calibration: Images, device: str = "cpu"
+) -> float:
     """The mean squared feature error on all calibration images, without augmentation (PRACTISE, Eq. 31)."""
-    pupil, teacher = graph.observe(student).eval(), graph.observe(original).eval()
+    pupil, teacher = (_there(graph.observe(network).eval(), device) for network in (student, original))
     total, elements = 0.0, 0
     with torch.inference_mode():
-        for images in _batches(calibration):
+        for images in _batches(calibration, device):
             (own,), (other,) = pupil(images), teacher(images)
             total += float((own - other).square().sum(dtype=torch.float64))
             elements += own.numel()
     return total / elements
 
 
-def logits(network: nn.Module, images: Images) -> torch.Tensor:
-    """A network's logits (N, classes) of all images."""
+def logits(network: nn.Module, images: Images, device: str = "cpu") -> torch.Tensor:
+    """A network's logits (N, classes) of all images, on the CPU."""
+    there = _there(network, device)
     with torch.inference_mode():
-        return torch.cat([network(batch) for batch in _batches(images)])
+        return torch.cat([there(batch) for batch in _batches(images, device)]).cpu()
 
 
-def _batches(images: Images) -> Iterator[torch.Tensor]:
+def _there(network: T, device: str) -> T:
+    """The network itself on the CPU, a copy of it on another device: the caller's stays where it is."""
+    return network if device == "cpu" else copy.deepcopy(network).to(device)
+
+
+def _batches(images: Images, device: str) -> Iterator[torch.Tensor]:
     for start in range(0, len(images), EVALUATION_BATCH):
-        yield images.batch(slice(start, min(start + EVALUATION_BATCH, len(images))))
+        yield images.batch(slice(start, min(start + EVALUATION_BATCH, len(images)))).to(device)
 
 
 def _view(calibration: Images, tune: Tune, seed: int, step: int) -> torch.Tensor:
@@ -195,8 +216,8 @@ def _optimizer(parameters: Sequence[nn.Parameter], tune: Tune) -> torch.optim.Op
 
 
 @contextmanager
-def _autocast(tune: Tune) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=on_this_machine(tune).autocast == "bf16"):
+def _autocast(tune: Tune, device: str) -> Iterator[None]:
+    with torch.autocast(device, torch.bfloat16, enabled=on_this_machine(tune, device).autocast == "bf16"):
         yield
 
 
@@ -215,7 +236,7 @@ def _state(
                 state[f"optimizer.{kind}.{name}"] = value
     state["step"] = torch.tensor(step)
     state["loss_first"] = torch.tensor(loss_first, dtype=torch.float64)
-    return state
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def _restore(
