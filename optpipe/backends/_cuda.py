@@ -262,13 +262,13 @@ def capture(stream: Stream, enqueue: Callable[[], bool]) -> Graph:
     kept = int(ended) == 0 and recorded is not None and int(recorded) != 0
     if not kept:
         problem = problem or ("nothing was recorded" if int(ended) == 0 else _name(runtime, ended))
-        raise CaptureError(f"no CUDA graph: {problem}")
+        raise CaptureError(problem)
     try:
         if problem:
-            raise CaptureError(f"no CUDA graph: {problem}")
+            raise CaptureError(problem)
         refused, executable = runtime.cudaGraphInstantiate(recorded, 0)
         if int(refused) != 0:
-            raise CaptureError(f"no CUDA graph: cudaGraphInstantiate failed with {_name(runtime, refused)}")
+            raise CaptureError(f"cudaGraphInstantiate failed with {_name(runtime, refused)}")
     finally:
         runtime.cudaGraphDestroy(recorded)
     return Graph(executable)
