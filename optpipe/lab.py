@@ -6,20 +6,22 @@ goes on where it was.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from optpipe import graph, onnx_export, quality, store, timing, tune
+from optpipe import building, graph, quality, store, timing, tune
 from optpipe.types import (
     Answer,
     Ask,
-    Backend,
     Choice,
     Emit,
+    Engine,
+    EngineCount,
     Event,
     Images,
     Latency,
@@ -30,7 +32,6 @@ from optpipe.types import (
     Session,
     Step,
     StepResult,
-    Target,
     Trial,
 )
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 # Part of every key: raise it when an answer to the same request would come out different.
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 Origin = Literal["computed", "reused", "cached"]
 
@@ -53,6 +54,15 @@ class TrialRecord:
     quality: Quality | None
     distance: float | None
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """What latency.json holds. ``second_build_s`` is None where a build leaves no cache behind."""
+
+    latency: Latency
+    build_s: float
+    second_build_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,7 @@ class Lab:
         self,
         run: store.Run,
         subject: Subject,
-        backend: Backend,
-        target: Target,
+        bench: building.Workbench,
         clock: Clock,
         epoch: int,
         emit: Emit,
@@ -94,19 +103,37 @@ class Lab:
         """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused."""
         self._run = run
         self._subject = subject
-        self._backend = backend
-        self._target = target
+        self._bench = bench
+        self._target = bench.target
+        self._device = tune.training_device(bench.target.device)
         self._clock = clock
         self._epoch = epoch
         self._emit = emit
-        self._fingerprint = backend.fingerprint(target)
+        self._fingerprint = bench.backend.fingerprint(bench.target)
         self._baseline: Session | None = None
+        self._asked = 0
+        self._engines: dict[str, tuple[EngineRecord, Origin]] = {}
 
     def close(self) -> None:
         """Release the baseline's engine."""
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None
+            shutil.rmtree(self._run.engine_folder("baseline"), ignore_errors=True)
+
+    @property
+    def engines(self) -> EngineCount:
+        """Where the latencies answered so far came from; the same after a replay."""
+        records = [record for record, _ in self._engines.values()]
+        twice = next((record for record in records if record.second_build_s is not None), None)
+        return EngineCount(
+            candidates=self._asked,
+            structures=len(records),
+            cached=sum(origin == "cached" for _, origin in self._engines.values()),
+            builds_s=tuple(record.build_s for record in records),
+            first_build_s=None if twice is None else twice.build_s,
+            second_build_s=None if twice is None else twice.second_build_s,
+        )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, from the store where they are there."""
@@ -175,7 +202,7 @@ class Lab:
             candidate = self._tuned(candidate, ask, self._run.trial_folder(key))
         distance = None
         if "distance" in ask.wants:
-            distance = tune.distance(candidate, subject.original, subject.calibration)
+            distance = tune.distance(candidate, subject.original, subject.calibration, self._device)
         measured = self._calibration_quality(candidate) if "quality" in ask.wants else None
         return TrialRecord(ask, parameters, macs, measured, distance, watch.seconds)
 
@@ -188,7 +215,13 @@ class Lab:
             if not graph.adaptors(candidate):
                 return candidate
         tune.train(
-            candidate, subject.original, subject.calibration, ask.tune, seed=subject.seed, emit=self._emit
+            candidate,
+            subject.original,
+            subject.calibration,
+            ask.tune,
+            seed=subject.seed,
+            emit=self._emit,
+            device=self._device,
         )
         if adapted:
             candidate = graph.fold(candidate)
@@ -198,8 +231,9 @@ class Lab:
     def _calibration_quality(self, candidate: fx.GraphModule) -> Quality:
         images = self._subject.calibration
         labels = None if images.labels is None else images.labels.numpy()
-        own = tune.logits(candidate, images).numpy()
-        return quality.score(own, labels, tune.logits(self._subject.original, images).numpy(), "calibration")
+        own = tune.logits(candidate, images, self._device).numpy()
+        reference = tune.logits(self._subject.original, images, self._device).numpy()
+        return quality.score(own, labels, reference, "calibration")
 
     # ------------------------------------------------------------ engines
 
@@ -207,15 +241,26 @@ class Lab:
         """The plan's latency beside the baseline's, timed now unless an equal structure was timed before."""
         model = graph.apply(self._subject.original, plan, self._target.input_shape)
         key = self._engine_key(model)
-        stored = self._run.answer("engines", key, "latency.json", Latency)
-        if stored is not None:
-            return stored[0], "cached" if stored[1] else "reused"
+        self._asked += 1
+        if key not in self._engines:
+            stored = self._run.answer("engines", key, "latency.json", EngineRecord)
+            if stored is None:
+                self._engines[key] = self._time(model, key), "computed"
+                return self._engines[key][0].latency, "computed"
+            self._engines[key] = stored[0], "cached" if stored[1] else "reused"
+        record, origin = self._engines[key]
+        return record.latency, "cached" if origin == "cached" else "reused"
+
+    def _time(self, model: fx.GraphModule, key: str) -> EngineRecord:
         folder = self._run.engine_folder(key)
+        # A builder times kernels too: nobody else measures meanwhile.
         with timing.device_lock(self._target.device):
-            session = self._session(model, folder)
+            baseline = self._open_baseline()
+            engine, second_build_s = self._build(model, folder)
+            session = self._bench.backend.load(engine, self._target)
             try:
                 measured = timing.paired(
-                    self._open_baseline(),
+                    baseline,
                     session,
                     tolerance=self._clock.tolerance,
                     budget_s=self._clock.budget_s,
@@ -225,13 +270,15 @@ class Lab:
                 session.close()
         with store.replacing(folder / "samples.npy") as path, path.open("wb") as file:
             np.save(file, measured.samples_ms)
-        latency = measured.candidate(self._fingerprint)
-        self._run.store_answer("engines", key, "latency.json", latency)
+        record = EngineRecord(measured.candidate(self._fingerprint), engine.build_s, second_build_s)
+        self._run.store_answer("engines", key, "latency.json", record)
         # The choice is exported anew with its recovered weights; a candidate's files have served.
         for path in folder.iterdir():
-            if path.suffix not in {".json", ".npy"}:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.suffix not in {".json", ".npy"}:
                 path.unlink()
-        return latency, "computed"
+        return record
 
     def _engine_key(self, model: fx.GraphModule) -> str:
         structure = graph.structure_key(model, self._target.input_shape, self._target.batch)
@@ -242,16 +289,25 @@ class Lab:
     def _open_baseline(self) -> Session:
         if self._baseline is None:
             original = self._subject.original
-            self._baseline = self._session(original, self._run.engine_folder(self._engine_key(original)))
+            folder = self._run.engine_folder("baseline")
+            exported = building.export(original, self._bench, folder)
+            built = building.build(exported, self._bench, folder, structure_only=True)
+            self._baseline = self._bench.backend.load(built.engine, self._target)
         return self._baseline
 
-    def _session(self, model: fx.GraphModule, folder: Path) -> Session:
+    def _build(self, model: fx.GraphModule, folder: Path) -> tuple[Engine, float | None]:
+        """The engine, and for the first candidate what building it once more takes."""
         watch = timing.Stopwatch()
-        path = folder / "model.onnx"
-        onnx_export.export(model, self._target.input_shape, self._target.batch, path)
-        engine = self._backend.build(path, self._target, folder)
+        exported = building.export(model, self._bench, folder)
+        built = building.build(exported, self._bench, folder, structure_only=True)
         self._emit(Event("note", "engine", f"built {folder.name[:12]}", seconds=watch.seconds))
-        return self._backend.load(engine, self._target)
+        again = self._bench.backend.CACHES_BUILDS and all(
+            record.second_build_s is None for record, _ in self._engines.values()
+        )
+        if not again:
+            return built.engine, None
+        second = self._bench.backend.build(built.source, self._target, folder)
+        return replace(second, build_s=built.engine.build_s), second.build_s
 
 
 def drive(search: Search, lab: Lab) -> Choice:

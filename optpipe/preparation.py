@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optpipe import data, graph, models, plugins, tune
+from optpipe import data, graph, models, plugins, selection, tune
 from optpipe import recipe as recipes
-from optpipe.errors import MissingError, UsageError
-from optpipe.types import Backend, Method, ModelGraph, Target, Tune
+from optpipe.building import Workbench
+from optpipe.errors import UsageError
+from optpipe.types import Backend, Method, ModelGraph, Precision, Target, Tune
 
 if TYPE_CHECKING:
     from torch import fx
@@ -16,19 +18,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A recipe with its modules, model and images loaded and checked. Not JSON-able."""
+    """A recipe with its modules, model and images loaded and checked. Not JSON-able.
+
+    ``benches`` are several only where the fastest backend is still to be found; ``device`` is where torch
+    trains.
+    """
 
     recipe: recipes.Recipe
     method: Method
     config: object
     recover: Tune
-    backend: Backend
-    target: Target
+    benches: tuple[Workbench, ...]
+    selected: selection.Selected
+    device: str
     original: fx.GraphModule
     graph: ModelGraph
     model_digest: str
     calibration: data.ImageSet
     evaluation: data.ImageSet
+
+    @property
+    def bench(self) -> Workbench:
+        """The backend and its target; before the fastest of several is known, the first."""
+        return self.benches[0]
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that engines are built with."""
+        return self.bench.backend
+
+    @property
+    def target(self) -> Target:
+        """What engines are built for."""
+        return self.bench.target
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """In which precisions the result is shipped, the target's own first."""
+        offered = self.backend.precisions(self.target.device)
+        wanted = self.recipe.export.precisions
+        others = offered if wanted is None else wanted
+        return tuple(dict.fromkeys((self.target.precision, *others)))
 
     @property
     def frozen(self) -> str:
@@ -45,13 +75,15 @@ def prepare(recipe: recipes.Recipe) -> Setup:
     """
     try:
         method = plugins.method(recipe.method_name)
-        backend = plugins.backend(recipe.target.backend)
+        if recipe.target.backend not in {selection.AUTO, selection.FASTEST}:
+            plugins.backend(recipe.target.backend)
     except UsageError as error:
         raise UsageError(f"{recipe.path}: {error}") from None
     config: object = recipes.bind(method.Config, recipe.method, recipe.path, "method")
     recover = recipes.merge(method.RECOVER, recipe.recover, recipe.path, "recover")
     recipes.check_recovery(recover, recipe.path)
-    recover = tune.on_this_machine(recover)
+    device = tune.training_device(recipe.target.device)
+    recover = tune.on_this_machine(recover, device)
     model = models.load_model(recipe.model, recipe.folder)
     channels = models.input_channels(model)
     prepared = recipe.data.preprocess
@@ -66,9 +98,11 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         threads=recipe.target.threads,
         options=tuple(sorted(recipe.target.options.items())),
     )
-    missing = backend.missing(target)
-    if missing:
-        raise MissingError(missing)
+    selected = selection.select(target)
+    if recipe.target.backend == selection.AUTO:
+        # A resumed run builds with the backend that it was begun with.
+        named = dataclasses.replace(recipe.target, backend=selected.names[0])
+        recipe = dataclasses.replace(recipe, target=named)
     original = graph.trace(model, shape)
     shown = graph.inspect(original, shape)
     evaluation = data.load_images(
@@ -91,16 +125,41 @@ def prepare(recipe: recipes.Recipe) -> Setup:
             f"{recipe.path}: [method] name = {recipe.method_name!r}: needs labelled calibration images, and "
             f"{recipe.data.calibration.source} has no labels"
         )
+    benches = tuple(
+        Workbench(
+            plugins.backend(name),
+            dataclasses.replace(target, backend=name),
+            calibration,
+            recipe.export.quantize,
+            recipe.run.seed,
+        )
+        for name in selected.names
+    )
+    _check_precisions(recipe, benches)
     return Setup(
         recipe=recipe,
         method=method,
         config=config,
         recover=recover,
-        backend=backend,
-        target=target,
+        benches=benches,
+        selected=selected,
+        device=device,
         original=original,
         graph=shown,
         model_digest=models.weights_digest(original),
         calibration=calibration,
         evaluation=evaluation,
     )
+
+
+def _check_precisions(recipe: recipes.Recipe, benches: tuple[Workbench, ...]) -> None:
+    """UsageError for a precision to ship that no backend of the recipe runs."""
+    offered = [bench.backend.precisions(bench.target.device) for bench in benches]
+    for wanted in recipe.export.precisions or ():
+        if not any(wanted in precisions for precisions in offered):
+            runs = ", ".join(dict.fromkeys(name for precisions in offered for name in precisions))
+            names = ", ".join(bench.target.backend for bench in benches)
+            raise UsageError(
+                f'{recipe.path}: [export] precisions: "{wanted}" does not run on {names} '
+                f"({recipe.target.device}); it runs {runs}"
+            )

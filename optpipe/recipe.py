@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from optpipe.data import DataSpec, Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
+from optpipe.precision import Settings, check
 from optpipe.types import Budget, Precision, Tune
 
 T = TypeVar("T")
@@ -46,14 +47,30 @@ class DataTable:
 
 @dataclass(frozen=True, slots=True)
 class TargetTable:
-    """The engine and the device. ``threads`` defaults to all cores."""
+    """The engine and the device. ``threads`` defaults to all cores.
 
-    backend: str = "onnxruntime"
+    ``backend`` names one, or is "auto": onnxruntime on a CPU, on a GPU the first of tensorrt, onnxruntime
+    and inductor that loads; or "fastest": every one that loads is built and timed, the fastest is taken.
+    ``precision`` is what candidates are timed in and the budget is held against.
+    """
+
+    backend: str = "auto"
     precision: Precision = "fp32"
     batch: int = 16
     device: str = "cpu"
     threads: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTable:
+    """The precisions in which the result is shipped, scored and timed, beside the target's own.
+
+    By default all that the backend runs. ``quantize`` says how ranges and layers are chosen for int8.
+    """
+
+    precisions: tuple[Precision, ...] | None = None
+    quantize: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,7 @@ class Recipe:
     model: ModelSpec
     data: DataTable
     target: TargetTable
+    export: ExportTable
     timing: TimingTable
     method_name: str
     method: RawTable
@@ -107,6 +125,7 @@ class Recipe:
             "model": _plain(self.model),
             "data": _plain(self.data),
             "target": _plain(self.target),
+            "export": _plain(self.export),
             "timing": _plain(self.timing),
             "method": {"name": self.method_name, **typing.cast(dict[str, object], _plain(method))},
             "recover": _plain(recover),
@@ -116,7 +135,7 @@ class Recipe:
         return tomli_w.dumps(tables)
 
 
-TABLES = ("model", "data", "target", "timing", "method", "recover", "budget", "run")
+TABLES = ("model", "data", "target", "export", "timing", "method", "recover", "budget", "run")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -165,6 +184,7 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
         model=bind(ModelSpec, raw["model"], path, "model"),
         data=bind(DataTable, _with_defaults(raw["data"]), path, "data"),
         target=bind(TargetTable, raw.get("target", {}), path, "target"),
+        export=bind(ExportTable, raw.get("export", {}), path, "export"),
         timing=bind(TimingTable, raw.get("timing", {}), path, "timing"),
         method_name=method_name,
         method=method,
@@ -249,6 +269,7 @@ def _check_ranges(recipe: Recipe) -> None:
     ]
     if recipe.run.seed < 0:
         raise UsageError(f"{recipe.path}: [run] seed = {recipe.run.seed}: must not be below 0")
+    check(recipe.export.quantize, f"{recipe.path}: [export.quantize]")
     for table, key, value, below_one, message in checks:
         # Written so that nan fails too.
         if value is not None and not 0 < value < (1 if below_one else math.inf):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optpipe.onnx_export import Parity
-from optpipe.types import Choice, Latency, ModelGraph, Quality
+from optpipe.types import Choice, EngineCount, Latency, ModelGraph, Precision, Quality, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,10 @@ class Ingested:
 
 @dataclass(frozen=True, slots=True)
 class Analyzed:
-    """Where the search ended."""
+    """Where the search ended, and where its latencies came from."""
 
     choice: Choice
+    engines: EngineCount
     seconds: float
 
 
@@ -58,25 +59,53 @@ class Recovered:
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """The deploy bundle; ``engine`` is relative to the run's folder."""
+class Shipped:
+    """One engine of the bundle; its files are relative to the run's folder.
 
-    engine: str
+    ``failed`` says why a precision is not shipped; nothing else of it is meaningful then.
+    """
+
+    precision: Precision
+    source: str = ""
+    source_bytes: int = 0
+    engine: str = ""
+    engine_sha256: str = ""
+    engine_bytes: int = 0
+    build_s: float = 0.0
+    parity: Parity | None = None
+    kept_in_float: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The deploy bundle: the engine of the target's precision first; sha256 of every file by its name."""
+
+    engines: tuple[Shipped, ...]
     onnx_bytes: int
-    parity: Parity
     sha256: dict[str, str]
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Benchmarked:
-    """Original and result side by side, on engines timed in turn."""
+class Scored:
+    """One shipped precision, measured on its engine beside the original at the target's precision."""
 
-    original: Latency
-    result: Latency
-    original_quality: Quality
+    precision: Precision
+    latency: Latency
     quality: Quality
     agreement: Quality
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmarked:
+    """Original and results side by side, on engines timed in turn; the target's precision comes first."""
+
+    original: Latency
+    original_quality: Quality
+    results: tuple[Scored, ...]
     seconds: float
 
 

@@ -354,6 +354,24 @@ class Engine:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class EngineCount:
+    """Where a search's latencies came from.
+
+    Of ``candidates`` whose latency was asked for, ``structures`` differ; the others were answered by an
+    equal structure. ``cached`` of the structures were timed by another run. ``builds_s`` are the first
+    builds' times, ``second_build_s`` that of building one candidate again with a warm cache beside
+    ``first_build_s`` of the same one.
+    """
+
+    candidates: int
+    structures: int
+    cached: int
+    builds_s: tuple[float, ...]
+    first_build_s: float | None
+    second_build_s: float | None
+
+
 class Session(Protocol):
     """A loaded engine with fixed input and output buffers."""
 

@@ -16,12 +16,13 @@ from optpipe import store
 from optpipe.data import Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
-from optpipe.types import Plan, Target
+from optpipe.types import Engine, Fingerprint, Plan, Precision, Target
 
 if TYPE_CHECKING:
     from torch import nn
 
 MANIFEST = "manifest.json"
+RUNNER = "run_engine.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +45,98 @@ class BundledFile:
 
 
 @dataclass(frozen=True, slots=True)
+class BundledEngine:
+    """One engine of the bundle, and the file that it is built from; names are relative to the bundle."""
+
+    precision: Precision
+    backend: str
+    engine: str
+    source: str
+    build_s: float
+    kept_in_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a bundle comes from: the machine, the recipe (sha256 of it with all defaults), the seed."""
+
+    fingerprint: Fingerprint
+    recipe_sha256: str
+    seed: int
+    calibration_images: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """manifest.json: what is in the bundle, for what target, and how inputs are prepared."""
+    """manifest.json: what is in the bundle, for what target, and how inputs are prepared.
+
+    ``target`` holds the flags that engines were built with; ``built_on`` is where the present engines were
+    built, which after a rebuild is another machine than the origin's.
+    """
 
     schema: str
     target: Target
     preprocess: Preprocess
     files: dict[str, BundledFile]
-    calibration_images: tuple[str, ...]
+    engines: tuple[BundledEngine, ...]
+    origin: Origin
+    built_on: Fingerprint
+
+
+SCHEMA = "optpipe.manifest/2"
 
 
 def write_bundle(
-    folder: Path, model: nn.Module, saved: Saved, target: Target, calibration_images: Sequence[str]
+    folder: Path,
+    model: nn.Module,
+    saved: Saved,
+    target: Target,
+    origin: Origin,
+    engines: Sequence[BundledEngine],
 ) -> dict[str, str]:
-    """Add weights, plan and manifest to a folder that holds the ONNX and engine files.
+    """Add weights, plan, runner and manifest to a folder that holds the ONNX and engine files.
 
     Returns:
         The sha256 of every file in the bundle, by its name relative to the folder.
     """
     store.save_tensors(folder / "model.safetensors", model.state_dict())
     store.write_atomically(folder / "plan.json", store.to_json(saved))
+    store.write_atomically(folder / RUNNER, (Path(__file__).parent / RUNNER).read_text(encoding="utf-8"))
+    manifest = Manifest(
+        SCHEMA, target, saved.preprocess, files(folder), tuple(engines), origin, origin.fingerprint
+    )
+    write_manifest(folder, manifest)
+    return {name: file.sha256 for name, file in manifest.files.items()}
+
+
+def files(folder: Path) -> dict[str, BundledFile]:
+    """Size and sha256 of every file in a bundle but the manifest, by its name relative to the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = {
+    return {
         path.relative_to(folder).as_posix(): BundledFile(store.file_sha256(path), path.stat().st_size)
         for path in paths
         if path.name != MANIFEST
     }
-    manifest = Manifest("optpipe.manifest/1", target, saved.preprocess, files, tuple(calibration_images))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json; what it lists is in place by then."""
     store.write_atomically(folder / MANIFEST, store.to_json(manifest))
-    return {name: file.sha256 for name, file in files.items()}
+
+
+def trusted_engine(folder: Path, manifest: Manifest, precision: Precision) -> Engine:
+    """An engine of the bundle with the digest that the manifest gives it, which loading it checks.
+
+    Raises:
+        UsageError: the bundle has no engine of this precision, or the manifest no digest of it.
+    """
+    for entry in manifest.engines:
+        if entry.precision == precision:
+            if entry.engine not in manifest.files:
+                raise UsageError(f"{folder / MANIFEST}: has no sha256 of {entry.engine}: it is not loaded")
+            return Engine(folder / entry.engine, manifest.files[entry.engine].sha256, entry.build_s)
+    have = ", ".join(entry.precision for entry in manifest.engines)
+    raise UsageError(f"{folder}: has no {precision} engine; there are: {have}")
 
 
 def load(run: str | Path) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -30,6 +31,31 @@ def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> sch
     if met and ci95[1] > allowed:
         verdict += "; the interval reaches beyond what was asked"
     return schema.BudgetReport(budget, met, verdict)
+
+
+def with_advice(precisions: tuple[schema.PrecisionReport, ...]) -> tuple[schema.PrecisionReport, ...]:
+    """The same with a note on each precision that is slower than a wider one, which is then the better.
+
+    Slower means that the 95% intervals of the two ratios to the original are apart.
+    """
+    width = ("fp32", "bf16", "fp16", "int8")
+    ordered = sorted(precisions, key=lambda one: width.index(one.precision))
+    advised: list[schema.PrecisionReport] = []
+    for one in precisions:
+        wider = ordered[: ordered.index(one)]
+        notes = [
+            f"slower than {other.precision}: deploy {other.precision} here"
+            for other in wider
+            if _is_slower(one.latency, other.latency)
+        ]
+        advised.append(dataclasses.replace(one, notes=(*one.notes, *notes[-1:])))
+    return tuple(advised)
+
+
+def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
+    if latency is None or other is None or latency.ratio_ci95 is None or other.ratio_ci95 is None:
+        return False
+    return latency.ratio_ci95[0] > other.ratio_ci95[1]
 
 
 def write(folder: Path, report: schema.Report) -> None:

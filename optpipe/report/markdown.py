@@ -12,7 +12,9 @@ def render(report: Report) -> str:
         f"# {report.name}: {report.method} on {report.model}",
         _verdict(report),
         _side_by_side(report),
+        _precisions(report),
         f"**Why this plan.** {report.reason}",
+        _engines(report),
         *[_table(table) for table in report.tables],
         _conditions(report),
         _hashes(report),
@@ -33,6 +35,13 @@ def summary(report: Report, folder: str) -> list[str]:
         f"  {original.quality.metric:<10}  {_quality(original.quality)} -> {_quality(result.quality)}"
         f"   (before recovery {report.quality_before_recovery.value:.1%})",
     ]
+    for one in report.precisions[1:]:
+        if one.latency is not None and one.quality is not None:
+            slower = "".join(f"; {note}" for note in one.notes if note.startswith("slower"))
+            lines.append(
+                f"  at {one.precision:<8} {one.latency.median_ms:.3f} ms   {_change(one.latency)}, "
+                f"{one.quality.metric} {one.quality.value:.2%}{slower}"
+            )
     if result.agreement is not None:
         lines.append(f"  agreement   {_quality(result.agreement)} with the original")
     lines += [
@@ -50,7 +59,7 @@ def summary(report: Report, folder: str) -> list[str]:
 
 def _verdict(report: Report) -> str:
     mark = "met" if report.budget.met else "**not met**"
-    lines = [f"Budget {mark}: {report.budget.verdict}."]
+    lines = [f"Budget {mark}: {report.budget.verdict}.", *[f"Note: {note}." for note in report.notes]]
     lines += [f"Warning: {warning}." for warning in report.warnings]
     return "\n".join(lines)
 
@@ -85,6 +94,91 @@ def _side_by_side(report: Report) -> str:
         _count_row("ONNX bytes", original.onnx_bytes, result.onnx_bytes),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _precisions(report: Report) -> str:
+    """A row for each precision of the result, beside the original's."""
+    if not report.precisions:
+        return ""
+    original = report.original
+    rows: list[tuple[Cell, ...]] = [
+        (
+            f"original, {report.target.precision}",
+            _quality(original.quality),
+            None,
+            f"{original.latency.median_ms:.3f}",
+            None,
+            *_transfers(original.latency),
+            None,
+            None,
+        )
+    ]
+    for one in report.precisions:
+        name = f"result, {one.precision}"
+        if one.latency is None or one.quality is None or one.agreement is None:
+            rows.append((name, *[None] * 8, f"none: {one.failed}"))
+            continue
+        notes = [*one.notes, *one.latency.notes]
+        if one.kept_in_float:
+            notes.append(f"{len(one.kept_in_float)} nodes kept in float: {', '.join(one.kept_in_float)}")
+        rows.append(
+            (
+                name,
+                _quality(one.quality),
+                f"{one.agreement.value:.2%}",
+                f"{one.latency.median_ms:.3f}",
+                _change(one.latency),
+                *_transfers(one.latency),
+                f"{one.engine_bytes:,}",
+                "; ".join(notes),
+            )
+        )
+    headline = original.latency.headline
+    return _table(
+        Table(
+            "Precisions: each on its own engine, timed in turn with the original",
+            (
+                "network",
+                f"{original.quality.metric} ({original.quality.count} images)",
+                "agreement with the original",
+                f"{headline}, median ms",
+                "against the original",
+                "enqueue ms",
+                "H2D ms",
+                "D2H ms",
+                "engine bytes",
+                "notes",
+            ),
+            tuple(rows),
+        )
+    )
+
+
+def _transfers(latency: Latency) -> tuple[Cell, ...]:
+    return latency.enqueue_ms, latency.h2d_ms, latency.d2h_ms
+
+
+def _engines(report: Report) -> str:
+    """Where the candidates' engines came from, and what a cache saved."""
+    count = report.engines
+    if count is None or not count.candidates:
+        return ""
+    shared = count.candidates - count.structures
+    saved = shared + count.cached
+    lines = [
+        f"**Engines.** {count.candidates} latencies were asked for; {saved} of them "
+        f"({saved / count.candidates:.0%}) were answered without a build: {shared} by an engine of equal "
+        f"structure, {count.cached} from other runs. Building took {sum(count.builds_s):.1f} s for "
+        f"{count.structures} engines.",
+    ]
+    if count.first_build_s is not None and count.second_build_s is not None:
+        lines.append(
+            f"One candidate's first build took {count.first_build_s:.2f} s, its second with a warm cache "
+            f"{count.second_build_s:.2f} s ({count.second_build_s / count.first_build_s - 1:+.0%})."
+        )
+    else:
+        lines.append("This backend keeps no cache of builds.")
+    return " ".join(lines)
 
 
 def _optional_rows(original: NetworkReport, result: NetworkReport) -> list[tuple[str, str, str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optpipe.types import Budget, Latency, Plan, Quality, Table, Target, Tune
+from optpipe.types import Budget, EngineCount, Latency, Plan, Precision, Quality, Table, Target, Tune
 
 SCHEMA = "optpipe.report/1"
 
@@ -31,6 +31,27 @@ class NetworkReport:
     macs: int
     onnx_bytes: int
     agreement: Quality | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionReport:
+    """The result at one precision, on its engine; the latency's ratio is to the original's engine.
+
+    ``source_bytes`` is the size of the file that the engine was built from. ``failed`` says why there is no
+    engine; the measured fields are None then. ``kept_in_float`` lists what stayed above the precision.
+    """
+
+    precision: Precision
+    latency: Latency | None
+    quality: Quality | None
+    agreement: Quality | None
+    source_bytes: int
+    engine_bytes: int
+    build_s: float
+    max_rel: float | None
+    kept_in_float: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +104,7 @@ class Report:
     stages: dict[str, StageReport]
     environment: EnvironmentReport
     sha256: dict[str, str]
+    precisions: tuple[PrecisionReport, ...] = ()
+    engines: EngineCount | None = None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

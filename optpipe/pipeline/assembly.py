@@ -1,0 +1,115 @@
+"""The report from the results of all stages."""
+
+from __future__ import annotations
+
+from optpipe import contest, store
+from optpipe.preparation import Setup
+from optpipe.report import build, schema
+from optpipe.results import Ingested, Results
+from optpipe.types import Table
+
+
+def assemble(
+    setup: Setup, results: Results, described: schema.EnvironmentReport, held: contest.Contest | None
+) -> schema.Report:
+    """The whole report; ``held`` is how the backends did, where the fastest was sought."""
+    recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
+    chosen = final.results[0]
+    contested = () if held is None else (contest.table(held, setup.selected.absent),)
+    return schema.Report(
+        schema=schema.SCHEMA,
+        name=recipe.run.name,
+        method=recipe.method_name,
+        model=recipe.model.name,
+        seed=recipe.run.seed,
+        target=setup.target,
+        budget=build.judge(recipe.budget, final.original, chosen.latency, choice.plan),
+        original=schema.NetworkReport(
+            final.original_quality,
+            final.original,
+            setup.graph.parameters,
+            setup.graph.macs,
+            results.ingest.onnx_bytes,
+        ),
+        result=schema.NetworkReport(
+            chosen.quality,
+            chosen.latency,
+            results.prune.parameters,
+            results.prune.macs,
+            results.export.onnx_bytes,
+            chosen.agreement,
+        ),
+        quality_before_recovery=results.prune.quality,
+        plan=choice.plan,
+        recover=choice.recover,
+        reason=choice.reason,
+        tables=(*contested, *choice.tables, *_layer_tables(results)),
+        data=schema.DataReport(
+            len(setup.calibration), setup.calibration.digest, len(setup.evaluation), setup.evaluation.digest
+        ),
+        stages={name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES},
+        environment=described,
+        sha256={"original weights": setup.model_digest, "recovered weights": results.recover.weights_sha256}
+        | results.export.sha256,
+        precisions=_precisions(results),
+        engines=results.analyze.engines,
+        warnings=_warnings(setup, results),
+        notes=(setup.selected.note,) if setup.selected.note else (),
+    )
+
+
+def _precisions(results: Results) -> tuple[schema.PrecisionReport, ...]:
+    """Every precision that was asked for, in the order of the export, as it measured or why it is absent."""
+    scored = {one.precision: one for one in results.benchmark.results}
+    found: list[schema.PrecisionReport] = []
+    for shipped in results.export.engines:
+        measured = scored.get(shipped.precision)
+        found.append(
+            schema.PrecisionReport(
+                precision=shipped.precision,
+                latency=None if measured is None else measured.latency,
+                quality=None if measured is None else measured.quality,
+                agreement=None if measured is None else measured.agreement,
+                source_bytes=shipped.source_bytes,
+                engine_bytes=shipped.engine_bytes,
+                build_s=shipped.build_s,
+                max_rel=None if shipped.parity is None else shipped.parity.max_rel,
+                kept_in_float=shipped.kept_in_float,
+                notes=shipped.notes,
+                failed=shipped.failed,
+            )
+        )
+    return build.with_advice(tuple(found))
+
+
+def _layer_tables(results: Results) -> tuple[Table, ...]:
+    return tuple(table for shipped in results.export.engines for table in shipped.tables)
+
+
+def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
+    final = results.benchmark
+    left_out = (f"{one.precision} is left out: {one.failed}" for one in results.export.engines if one.failed)
+    found = (*skipped(setup), *_drifted(results.ingest), *left_out, *final.original.warnings)
+    return (*found, *(warning for scored in final.results for warning in scored.latency.warnings))
+
+
+def skipped(setup: Setup) -> tuple[str, ...]:
+    """A line for each image set of which some images could not be read."""
+    lines: list[str] = []
+    for split, images in (("calibration", setup.calibration), ("evaluation", setup.evaluation)):
+        if images.skipped:
+            names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
+            total = len(images) + len(images.skipped)
+            lines.append(
+                f"{len(images.skipped)} of {total} {split} images cannot be read and are left out: {names}"
+            )
+    return tuple(lines)
+
+
+def _drifted(ingested: Ingested) -> tuple[str, ...]:
+    """A line where the original's latency drifted between two sittings."""
+    if not ingested.epoch:
+        return ()
+    return (
+        f"the original's latency drifted between sittings: latencies taken afresh {ingested.epoch} times",
+    )

@@ -1,0 +1,83 @@
+"""What the stages share: opening, timing and scoring engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from optpipe import building, data, store, timing
+from optpipe.errors import RunError
+from optpipe.preparation import Setup
+from optpipe.types import Engine, Latency, Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def build_original(setup: Setup, opened: store.Run) -> building.Built:
+    """The original's engine, in the folder of its stage."""
+    folder = opened.stage_folder("ingest")
+    exported = building.export(setup.original, setup.bench, folder)
+    return building.build(exported, setup.bench, folder)
+
+
+def time_beside(setup: Setup, baseline: Session, result: Session) -> timing.PairedMeasurement:
+    """Time a result in turn with the original."""
+    clock = setup.recipe.timing
+    with timing.device_lock(setup.target.device):
+        return timing.paired(
+            baseline,
+            result,
+            tolerance=clock.tolerance,
+            budget_s=clock.final_budget_s,
+            seed=setup.recipe.run.seed,
+        )
+
+
+@contextmanager
+def session(bench: building.Workbench, engine: Engine) -> Iterator[Session]:
+    """An open engine, closed at the end."""
+    session = bench.backend.load(engine, bench.target)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def time_alone(setup: Setup, session: Session) -> Latency:
+    """The original's latency by itself."""
+    clock = setup.recipe.timing
+    with timing.device_lock(setup.target.device):
+        measured = timing.single(
+            session,
+            tolerance=clock.tolerance,
+            budget_s=min(clock.budget_s, 3.0),
+            seed=setup.recipe.run.seed,
+        )
+    return measured.latency(setup.backend.fingerprint(setup.target))
+
+
+def logits(session: Session, images: data.ImageSet) -> NDArray[np.float32]:
+    """An engine's logits (N, classes) of all images."""
+    size = 256
+    parts = [
+        session.run(images.batch(slice(start, start + size)).numpy()) for start in range(0, len(images), size)
+    ]
+    return np.concatenate(parts)
+
+
+def labels(images: data.ImageSet) -> NDArray[np.int64] | None:
+    """The labels (N,) where there are any."""
+    return None if images.labels is None else images.labels.numpy()
+
+
+def reference(opened: store.Run) -> NDArray[np.float32]:
+    """The original engine's logits on the evaluation images."""
+    path = opened.stage_folder("ingest") / "logits.npy"
+    try:
+        return cast("NDArray[np.float32]", np.load(path))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); start anew with --fresh") from error

@@ -1,0 +1,131 @@
+"""The run: each stage once, then the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from optpipe import contest, environment, selection, store, timing
+from optpipe.errors import UsageError
+from optpipe.pipeline.assembly import assemble, skipped
+from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
+from optpipe.pipeline.shipping import benchmark, export
+from optpipe.preparation import Setup
+from optpipe.report import build, schema
+from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Inputs, Pruned, Recovered, Results
+from optpipe.types import Emit, Event
+
+T = TypeVar("T", Ingested, Analyzed, Pruned, Recovered, Exported, Benchmarked)
+
+
+def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report:
+    """Take a prepared recipe through the six stages; a run that was interrupted goes on where it was.
+
+    Raises:
+        UsageError: the folder holds another run.
+        RunError: a stage failed; what was done before it stays done.
+    """
+    cache = folder.resolve().parent / ".optpipe-cache" if setup.recipe.run.cache and not fresh else None
+    with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache) as opened:
+
+        def tell(event: Event) -> None:
+            opened.emit(event)
+            emit(event)
+
+        _check_inputs(setup, opened)
+        if setup.selected.note:
+            tell(Event("note", "backend", setup.selected.note))
+        setup, held = _decide(setup, opened, tell)
+        described = environment.describe(setup.backend.fingerprint(setup.target))
+        store.write_atomically(opened.folder / "environment.json", store.to_json(described))
+        for warning in skipped(setup):
+            tell(Event("warning", "data", warning))
+        stages = Stages(opened, tell)
+        ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened))
+        if opened.stage_result("analyze", Analyzed) is None:
+            ingested = check_drift(setup, opened, ingested, tell)
+        analyzed = stages.take("analyze", Analyzed, lambda: analyze(setup, opened, ingested, tell))
+        pruned = stages.take("prune", Pruned, lambda: prune(setup, opened, analyzed.choice))
+        recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, analyzed.choice, tell))
+        exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice, tell))
+        final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, exported))
+        results = Results(ingested, analyzed, pruned, recovered, exported, final)
+        report = assemble(setup, results, described, held)
+        build.write(opened.folder, report)
+        return report
+
+
+def _check_inputs(setup: Setup, opened: store.Run) -> None:
+    """Refuse to go on with another model or other images than the run was begun with."""
+    inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest)
+    path = opened.folder / "inputs.json"
+    if not path.exists():
+        store.write_atomically(path, store.to_json(inputs))
+        return
+    begun = store.from_json(Inputs, path.read_bytes())
+    changed = [
+        field.name
+        for field in dataclasses.fields(Inputs)
+        if getattr(begun, field.name) != getattr(inputs, field.name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{opened.folder}: was begun with other {' and '.join(changed)} data under the same name; name "
+            "another folder with --out, or move that run aside with --fresh"
+        )
+
+
+class Stages:
+    """Takes each stage once: reads its stored result, or runs it and stores what it returns."""
+
+    def __init__(self, opened: store.Run, emit: Emit) -> None:
+        self._run = opened
+        self._emit = emit
+
+    def take(self, name: str, cls: type[T], work: Callable[[], T]) -> T:
+        """The stage's result, from the store where it is done."""
+        total = len(store.STAGES)
+        number = store.STAGES.index(name) + 1
+        stored = self._run.stage_result(name, cls)
+        if stored is not None:
+            self._emit(Event("stage", name, "reused", number, total))
+            return stored
+        self._emit(Event("stage", name, "started", number, total))
+        watch = timing.Stopwatch()
+        try:
+            result = work()
+        except Exception as error:
+            self._run.fail_stage(name, error)
+            raise
+        result = dataclasses.replace(result, seconds=watch.seconds)
+        self._run.finish_stage(name, result)
+        self._emit(Event("stage", name, "finished", number, total, watch.seconds))
+        return result
+
+
+def _decide(setup: Setup, opened: store.Run, emit: Emit) -> tuple[Setup, contest.Contest | None]:
+    """The setup with one backend; where the fastest is sought, what was found is kept for a resumed run."""
+    if setup.recipe.target.backend != selection.FASTEST:
+        return setup, None
+    path = opened.folder / "contest.json"
+    if path.exists():
+        held = store.from_json(contest.Contest, path.read_bytes())
+    else:
+        held = contest.hold(
+            setup.original,
+            setup.benches,
+            opened.folder / "contest",
+            budget_s=setup.recipe.timing.budget_s,
+            seed=setup.recipe.run.seed,
+            emit=emit,
+        )
+        store.write_atomically(path, store.to_json(held))
+    chosen = tuple(bench for bench in setup.benches if bench.target.backend == held.chosen)
+    if not chosen:
+        raise UsageError(
+            f"{opened.folder}: was begun with {held.chosen}, which does not load here; start anew with "
+            "--fresh"
+        )
+    return dataclasses.replace(setup, benches=chosen), held

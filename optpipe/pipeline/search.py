@@ -1,0 +1,107 @@
+"""From the original to the recovered network: ingest, analyze, prune, recover."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from optpipe import building, graph, onnx_export, quality, store, tune
+from optpipe.lab import Clock, Lab, Subject, drive
+from optpipe.pipeline import engines
+from optpipe.preparation import Setup
+from optpipe.results import Analyzed, Ingested, Pruned, Recovered
+from optpipe.types import Choice, Emit, Event, Scene
+
+
+def ingest(setup: Setup, opened: store.Run) -> Ingested:
+    """Export, build, score and time the original."""
+    folder = opened.stage_folder("ingest")
+    built = engines.build_original(setup, opened)
+    with engines.session(setup.bench, built.engine) as session:
+        onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
+        logits = engines.logits(session, setup.evaluation)
+        latency = engines.time_alone(setup, session)
+    with store.replacing(folder / "logits.npy") as path, path.open("wb") as file:
+        np.save(file, logits)
+    measured = quality.score(logits, engines.labels(setup.evaluation), logits, "evaluation")
+    onnx = folder / building.ONNX
+    if not onnx.exists():
+        onnx_export.export(setup.original, setup.target.input_shape, setup.target.batch, onnx)
+    return Ingested(setup.graph, measured, latency, onnx.stat().st_size, 0, 0.0)
+
+
+def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
+    """On resume, time the original again; where it moved too far, begin a new epoch of latencies."""
+    if not any((opened.folder / "engines").glob("*/latency.json")):
+        return ingested
+    with engines.session(setup.bench, engines.build_original(setup, opened).engine) as session:
+        now = engines.time_alone(setup, session)
+    moved = now.median_ms / ingested.latency.median_ms - 1.0
+    limit = setup.recipe.timing.drift
+    if abs(moved) <= limit and now.fingerprint == ingested.latency.fingerprint:
+        emit(Event("note", "baseline", f"moved {moved:+.1%} since the run began: latencies stay"))
+        return ingested
+    emit(Event("warning", "baseline", f"moved {moved:+.1%} since the run began: latencies are taken afresh"))
+    renewed = dataclasses.replace(ingested, latency=now, epoch=ingested.epoch + 1)
+    opened.finish_stage("ingest", renewed)
+    return renewed
+
+
+def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Analyzed:
+    """Drive the method's search against the budget."""
+    recipe = setup.recipe
+    subject = Subject(setup.original, setup.model_digest, setup.calibration, recipe.run.seed)
+    clock = Clock(recipe.timing.tolerance, recipe.timing.budget_s)
+    lab = Lab(opened, subject, setup.bench, clock, ingested.epoch, emit)
+    scene = Scene(
+        model=setup.original,
+        graph=setup.graph,
+        calibration=setup.calibration,
+        baseline=ingested.latency,
+        budget=recipe.budget,
+        recover=setup.recover,
+        seed=recipe.run.seed,
+    )
+    try:
+        choice = drive(setup.method.search(scene, setup.config), lab)
+        return Analyzed(choice, lab.engines, 0.0)
+    finally:
+        lab.close()
+
+
+def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
+    """Apply the chosen plan to the original."""
+    shape = setup.target.input_shape
+    candidate = graph.apply(setup.original, choice.plan, shape)
+    parameters, macs = graph.count(candidate, shape)
+    store.save_tensors(opened.stage_folder("prune") / "weights.safetensors", candidate.state_dict())
+    logits = tune.logits(candidate, setup.evaluation, setup.device).numpy()
+    measured = quality.score(
+        logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
+    )
+    return Pruned(parameters, macs, measured, 0.0)
+
+
+def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
+    """Train the pruned network to mimic the original; goes on from the last checkpoint."""
+    folder = opened.stage_folder("recover")
+    candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
+    # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
+    key = store.digest(choice.plan, choice.recover, setup.recipe.run.seed, setup.calibration.digest)[:16]
+    checkpoint = store.DiskCheckpoint(
+        folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
+    )
+    trained = tune.train(
+        candidate,
+        setup.original,
+        setup.calibration,
+        choice.recover,
+        seed=setup.recipe.run.seed,
+        checkpoint=checkpoint,
+        emit=emit,
+        device=setup.device,
+    )
+    path = folder / "weights.safetensors"
+    store.save_tensors(path, candidate.state_dict())
+    return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)

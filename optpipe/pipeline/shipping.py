@@ -1,0 +1,132 @@
+"""From the recovered network to engines that are held against the original: export, benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optpipe import building, deploy, graph, onnx_export, precision, quality, store
+from optpipe.errors import OptpipeError
+from optpipe.pipeline import engines
+from optpipe.preparation import Setup
+from optpipe.results import Benchmarked, Exported, Scored, Shipped
+from optpipe.types import Choice, Emit, Engine, Event, Latency
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Exported:
+    """Write the deploy bundle: ONNX and engine at each precision, weights, plan, runner and manifest.
+
+    An engine of another precision than the target's that cannot be built, or computes something else, is
+    left out with the reason.
+    """
+    folder = opened.folder / "deploy"
+    shutil.rmtree(folder, ignore_errors=True)
+    candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
+    deploy.load_weights(candidate, opened.stage_folder("recover") / "weights.safetensors")
+    shape, batch = setup.target.input_shape, setup.target.batch
+    onnx_export.export(candidate, shape, batch, folder / building.ONNX)
+    exported = building.export(candidate, setup.bench, folder)
+    shipped: list[Shipped] = []
+    for wanted in setup.precisions:
+        bench = setup.bench.at(wanted)
+        emit(Event("note", "export", f"{bench.target.backend} at {wanted}"))
+        try:
+            shipped.append(_ship(candidate, bench, exported, opened.folder, emit))
+        except OptpipeError as error:
+            if wanted == setup.target.precision:
+                raise
+            emit(Event("warning", "export", f"{wanted} is left out: {error}"))
+            shipped.append(Shipped(wanted, failed=str(error)))
+    saved = deploy.Saved(
+        model=dataclasses.replace(setup.recipe.model, weights=None),
+        search_folder=str(setup.recipe.folder),
+        plan=choice.plan,
+        input_shape=shape,
+        preprocess=setup.recipe.data.preprocess,
+    )
+    origin = deploy.Origin(
+        fingerprint=setup.backend.fingerprint(setup.target),
+        recipe_sha256=store.digest(setup.frozen),
+        seed=setup.recipe.run.seed,
+        calibration_images=setup.calibration.names,
+    )
+    bundled = [
+        deploy.BundledEngine(
+            one.precision,
+            setup.target.backend,
+            Path(one.engine).relative_to("deploy").as_posix(),
+            Path(one.source).relative_to("deploy").as_posix(),
+            one.build_s,
+            one.kept_in_float,
+        )
+        for one in shipped
+        if not one.failed
+    ]
+    sha256 = deploy.write_bundle(folder, candidate, saved, setup.target, origin, bundled)
+    return Exported(tuple(shipped), (folder / building.ONNX).stat().st_size, sha256, 0.0)
+
+
+def _ship(
+    candidate: fx.GraphModule, bench: building.Workbench, exported: Path, run: Path, emit: Emit
+) -> Shipped:
+    """Build one engine of the bundle and hold it against torch."""
+    wanted = bench.target.precision
+    built = building.build(exported, bench, exported.parent / "engines" / wanted, emit=emit)
+    with engines.session(bench, built.engine) as session:
+        parity = building.parity(candidate, session, bench)
+    onnx_export.check_parity(parity)
+    engine = built.engine
+    if engine.timing_cache is not None:
+        shutil.copyfile(engine.timing_cache, exported.parent / "timing.cache")
+    return Shipped(
+        precision=wanted,
+        source=str(built.source.relative_to(run)),
+        source_bytes=built.source.stat().st_size,
+        engine=str(engine.path.relative_to(run)),
+        engine_sha256=engine.sha256,
+        engine_bytes=engine.path.stat().st_size,
+        build_s=engine.build_s,
+        parity=parity,
+        kept_in_float=() if built.converted is None else built.converted.kept_in_float,
+        tables=() if built.converted is None else precision.tables(built.converted),
+        notes=engine.notes,
+    )
+
+
+def benchmark(setup: Setup, opened: store.Run, exported: Exported) -> Benchmarked:
+    """The original and each shipped engine side by side: latency in turn, and accuracy."""
+    first: Latency | None = None
+    scored: list[Scored] = []
+    fingerprint = setup.backend.fingerprint(setup.target)
+    reference, labels = engines.reference(opened), engines.labels(setup.evaluation)
+    with engines.session(setup.bench, engines.build_original(setup, opened).engine) as baseline:
+        for one in exported.engines:
+            if one.failed:
+                continue
+            engine = Engine(opened.folder / one.engine, one.engine_sha256, one.build_s)
+            with engines.session(setup.bench.at(one.precision), engine) as result:
+                measured = engines.time_beside(setup, baseline, result)
+                logits = engines.logits(result, setup.evaluation)
+            name = "samples.npy" if first is None else f"samples-{one.precision}.npy"
+            path = opened.stage_folder("benchmark") / name
+            with store.replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, measured.samples_ms)
+            first = first or measured.baseline(fingerprint)
+            scored.append(
+                Scored(
+                    one.precision,
+                    measured.candidate(fingerprint),
+                    quality.score(logits, labels, reference, "evaluation"),
+                    quality.agreement(logits, reference, "evaluation"),
+                )
+            )
+    assert first is not None, "the target's precision is always shipped"
+    original = quality.score(reference, labels, reference, "evaluation")
+    return Benchmarked(first, original, tuple(scored), 0.0)
