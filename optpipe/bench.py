@@ -11,8 +11,9 @@ from pathlib import Path
 
 from optpipe import plugins, store, timing
 from optpipe.deploy.bundle import open_bundle
-from optpipe.errors import MissingError, UsageError
-from optpipe.types import Backend, Latency, Session, Target
+from optpipe.errors import UsageError
+from optpipe.selection import AUTO, select
+from optpipe.types import Latency, Session, Target
 
 TOLERANCE = 0.001
 """Half-width at which a paired measurement ends early: what is asked for here is the duration."""
@@ -45,6 +46,8 @@ def bench(
     threads: int | None,
     warmup_ms: int,
     duration_s: float,
+    backend: str | None = None,
+    gpu: bool = False,
 ) -> Benched:
     """Time ``model``, in turn with ``other`` where one is given; both are ONNX files or runs.
 
@@ -52,32 +55,30 @@ def bench(
         UsageError: a path is neither, or the two models take different inputs.
         MissingError: this machine cannot run the target.
     """
-    onnx, target = _locate(model, batch, threads)
-    backend = plugins.backend(target.backend)
-    missing = backend.missing(target)
-    if missing:
-        raise MissingError(missing)
-    fingerprint = backend.fingerprint(target)
+    source, target = _locate(model, batch, threads, backend, gpu)
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(_session(backend, onnx, target))
+        session = stack.enter_context(_session(source, target))
+        fingerprint = plugins.backend(target.backend).fingerprint(target)
         if other is None:
             stack.enter_context(timing.device_lock(target.device))
             alone = timing.single(
                 session, tolerance=TOLERANCE, budget_s=duration_s, warmup_s=warmup_ms / 1000, seed=0
             )
             return Benched(_timed(model, target, alone.latency(fingerprint)))
-        other_onnx, other_target = _locate(other, target.batch, target.threads)
+        other_source, other_target = _locate(other, target.batch, target.threads, backend, gpu)
         if other_target.input_shape != target.input_shape:
             raise UsageError(
                 f"{other}: takes {other_target.input_shape}, {model} {target.input_shape}: not comparable"
             )
-        baseline = stack.enter_context(_session(backend, other_onnx, target))
+        baseline = stack.enter_context(_session(other_source, other_target))
+        other_fingerprint = plugins.backend(other_target.backend).fingerprint(other_target)
         stack.enter_context(timing.device_lock(target.device))
         both = timing.paired(
             baseline, session, tolerance=TOLERANCE, budget_s=duration_s, warmup_s=warmup_ms / 1000, seed=0
         )
     return Benched(
-        _timed(model, target, both.candidate(fingerprint)), _timed(other, target, both.baseline(fingerprint))
+        _timed(model, target, both.candidate(fingerprint)),
+        _timed(other, other_target, both.baseline(other_fingerprint)),
     )
 
 
@@ -112,8 +113,22 @@ def _summary(timed: Timed) -> list[str]:
         f"mean = {latency.mean_ms:.4f} ms, median = {latency.median_ms:.4f} ms, "
         f"percentile(90%) = {latency.p90_ms:.4f} ms, percentile(95%) = {latency.p95_ms:.4f} ms, "
         f"percentile(99%) = {latency.p99_ms:.4f} ms",
+        *_transfers(latency),
         f"Samples: {latency.samples}, after {latency.warmup} of warm-up",
+        *[f"Note: {note}" for note in latency.notes],
+        *[f"Warning: {warning}" for warning in latency.warnings],
     ]
+
+
+def _transfers(latency: Latency) -> list[str]:
+    """The medians that stand beside a GPU's compute time, a line each."""
+    figures = (
+        ("Latency", latency.end_to_end_ms),
+        ("Enqueue Time", latency.enqueue_ms),
+        ("H2D Latency", latency.h2d_ms),
+        ("D2H Latency", latency.d2h_ms),
+    )
+    return [f"{name}: median = {value:.4f} ms" for name, value in figures if value is not None]
 
 
 def _timed(path: Path, target: Target, latency: Latency) -> Timed:
@@ -122,28 +137,50 @@ def _timed(path: Path, target: Target, latency: Latency) -> Timed:
 
 
 @contextlib.contextmanager
-def _session(backend: Backend, onnx: Path, target: Target) -> Iterator[Session]:
+def _session(source: Path, target: Target) -> Iterator[Session]:
+    backend = plugins.backend(target.backend)
+    if backend.SOURCE == "program" and source.suffix == ".onnx":
+        raise UsageError(
+            f"{source}: {target.backend} builds from torch programs, not from ONNX files; name a run that was "
+            "made with it, or another backend"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        session = backend.load(backend.build(onnx, target, Path(folder)), target)
+        session = backend.load(backend.build(source, target, Path(folder)), target)
         try:
             yield session
         finally:
             session.close()
 
 
-def _locate(path: Path, batch: int | None, threads: int | None) -> tuple[Path, Target]:
-    """The ONNX file behind a path, and the target to time it on: the run's own, or the CPU."""
+def _locate(
+    path: Path, batch: int | None, threads: int | None, backend: str | None, gpu: bool
+) -> tuple[Path, Target]:
+    """The file that the engine is built from, and the target to time it on: the run's own, or as asked."""
     if path.is_dir():
         folder, manifest = open_bundle(path)
-        target = manifest.target
-        target = dataclasses.replace(target, batch=batch or target.batch, threads=threads or target.threads)
-        return folder / "model.onnx", target
-    if not path.is_file():
+        target, entry = manifest.target, manifest.engines[0]
+        source = folder / entry.source
+        if backend is not None or (gpu and target.device != "cuda"):
+            # Another backend's options would mean nothing here, and all read the fp32 file.
+            source = folder / "model.onnx"
+            target = dataclasses.replace(target, backend=backend or AUTO, precision="fp32", options=())
+        target = dataclasses.replace(
+            target,
+            batch=batch or target.batch,
+            threads=threads or target.threads,
+            device="cuda" if gpu else target.device,
+        )
+    elif path.is_file():
+        fixed, shape = _input_shape(path)
+        if fixed and batch not in (None, fixed):
+            raise UsageError(f"{path}: takes batches of {fixed} only, not {batch}")
+        device = "cuda" if gpu else "cpu"
+        source = path
+        target = Target(backend or AUTO, batch or fixed or 1, shape, device=device, threads=threads)
+    else:
         raise UsageError(f"{path}: there is no such file or run")
-    fixed, shape = _input_shape(path)
-    if fixed and batch not in (None, fixed):
-        raise UsageError(f"{path}: takes batches of {fixed} only, not {batch}")
-    return path, Target("onnxruntime", batch or fixed or 1, shape, threads=threads)
+    names = select(target).names
+    return source, dataclasses.replace(target, backend=names[0])
 
 
 def _input_shape(path: Path) -> tuple[int, tuple[int, int, int]]:

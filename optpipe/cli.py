@@ -85,6 +85,8 @@ def run(
     from optpipe.report import markdown
 
     setup = preparation.prepare(loaded)
+    if setup.selected.note:
+        click.echo(setup.selected.note, err=True)
     if dry_run:
         click.echo(setup.frozen, nl=False)
         click.echo(f"{recipe} is fine; it would run in {folder}", err=True)
@@ -118,6 +120,8 @@ def inspect(recipe: Path, overrides: Sequence[str], as_json: bool, debug: bool) 
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [the run's, or 1].")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [the run's, or all cores].")
+@click.option("--backend", metavar="NAME", help="The engine [the run's, or what suits the device].")
+@click.option("--gpu", is_flag=True, help="Time on the NVIDIA GPU.")
 @click.option("--warmUp", "warmup_ms", type=click.IntRange(min=0), default=200, show_default=True, help="ms.")
 @click.option("--duration", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -128,6 +132,8 @@ def bench(
     *,
     batch: int | None,
     threads: int | None,
+    backend: str | None,
+    gpu: bool,
     warmup_ms: int,
     duration: float,
     as_json: bool,
@@ -137,7 +143,14 @@ def bench(
     from optpipe import bench as benches
 
     measured = benches.bench(
-        model, vs, batch=batch, threads=threads, warmup_ms=warmup_ms, duration_s=duration
+        model,
+        vs,
+        batch=batch,
+        threads=threads,
+        warmup_ms=warmup_ms,
+        duration_s=duration,
+        backend=backend,
+        gpu=gpu,
     )
     click.echo(benches.as_json(measured) if as_json else benches.as_text(measured), nl=False)
 
