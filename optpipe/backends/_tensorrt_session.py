@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from optpipe.backends import _nvml
 from optpipe.backends._cuda import (
     CaptureError,
+    CudaError,
     DeviceBuffer,
     Event,
     Graph,
@@ -200,6 +201,12 @@ class TensorrtSession:
             events.append(Event())
             held.callback(events[-1].close)
         self._events = tuple(events)
+        held.callback(self._settle)
+
+    def _settle(self) -> None:
+        """Wait for what a failure left on the stream: it must not write into memory that is freed."""
+        with contextlib.suppress(CudaError):
+            self._stream.synchronize()
 
     def _bind_addresses(self, source: str, sink: str) -> None:
         for name, buffer in ((source, self._images), (sink, self._logits)):
