@@ -36,7 +36,7 @@ from optpipe import timing
 from optpipe.backends import onnxruntime as backend
 from optpipe.graph import apply
 from optpipe.onnx_export import export
-from optpipe.types import Plan, Target
+from optpipe.types import Engine, Plan, Target
 from optpipe.zoo.cifar_resnet import resnet20, resnet56
 
 Row = dict[str, Any]
@@ -128,7 +128,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _self_pair(name: str, engine: Path, threads: int, seconds: float, seed: int) -> Row:
+def _self_pair(name: str, engine: Engine, threads: int, seconds: float, seed: int) -> Row:
     """Two fresh sessions of one engine, for the whole time; and where the default tolerance had stopped."""
     target = _target(name, threads)
     load = os.getloadavg()[0]
@@ -181,20 +181,20 @@ def _both_ways(first: str, second: str, folder: Path, threads: int, scale: Scale
     return row
 
 
-def _run_alone(name: str, engine: Path, threads: int, seconds: float) -> float:
+def _run_alone(name: str, engine: Engine, threads: int, seconds: float) -> float:
     """Median in ms of an engine timed in a process of its own."""
-    command = [sys.executable, __file__, "--alone", str(engine), "--alone-network", name]
+    command = [sys.executable, __file__, "--alone", str(engine.path), "--alone-network", name]
     command += ["--threads", str(threads), "--seconds", str(seconds)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _alone(engine: Path, target: Target, seconds: float) -> None:
-    session = backend.load(engine, target)
+def _alone(source: Path, target: Target, seconds: float) -> None:
+    session = backend.load(backend.build(source, target, source.parent), target)
     found = timing.single(session, tolerance=0.0, budget_s=seconds, seed=0)
     print(timing.median(found.samples_ms))
 
 
-def _engine(name: str, folder: Path, threads: int) -> Path:
+def _engine(name: str, folder: Path, threads: int) -> Engine:
     path = folder / f"{name}.onnx"
     if not path.exists():
         network = NETWORKS[name]

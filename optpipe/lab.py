@@ -256,7 +256,7 @@ class Lab:
         # A builder times kernels too: nobody else measures meanwhile.
         with timing.device_lock(self._target.device):
             baseline = self._open_baseline()
-            engine, second_build_s = self._build(model, folder)
+            engine, second_build_s = self._build_candidate(model, folder)
             session = self._bench.backend.load(engine, self._target)
             try:
                 measured = timing.paired(
@@ -289,18 +289,20 @@ class Lab:
     def _open_baseline(self) -> Session:
         if self._baseline is None:
             original = self._subject.original
-            folder = self._run.engine_folder("baseline")
-            exported = building.export(original, self._bench, folder)
-            built = building.build(exported, self._bench, folder, structure_only=True)
+            built = self._build(original, self._run.engine_folder("baseline"), "baseline")
             self._baseline = self._bench.backend.load(built.engine, self._target)
         return self._baseline
 
-    def _build(self, model: fx.GraphModule, folder: Path) -> tuple[Engine, float | None]:
-        """The engine, and for the first candidate what building it once more takes."""
+    def _build(self, model: fx.GraphModule, folder: Path, name: str) -> building.Built:
         watch = timing.Stopwatch()
         exported = building.export(model, self._bench, folder)
         built = building.build(exported, self._bench, folder, structure_only=True)
-        self._emit(Event("note", "engine", f"built {folder.name[:12]}", seconds=watch.seconds))
+        self._emit(Event("note", "engine", f"built {name}", seconds=watch.seconds))
+        return built
+
+    def _build_candidate(self, model: fx.GraphModule, folder: Path) -> tuple[Engine, float | None]:
+        """The engine, and for the first candidate what building it once more takes."""
+        built = self._build(model, folder, folder.name[:12])
         again = self._bench.backend.CACHES_BUILDS and all(
             record.second_build_s is None for record, _ in self._engines.values()
         )

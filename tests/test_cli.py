@@ -18,11 +18,11 @@ from conftest import WriteOnnx, make_report
 
 from optpipe import __version__, cli
 from optpipe.data import Preprocess
-from optpipe.deploy import Saved, write_bundle
+from optpipe.deploy import BundledEngine, Origin, Saved, write_bundle
 from optpipe.errors import GateError, MissingError, OptpipeError, RunError, UsageError
 from optpipe.models import ModelSpec
 from optpipe.report import build
-from optpipe.types import Plan, Target
+from optpipe.types import Fingerprint, Plan, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,9 @@ def bundled(finished: Path, write_onnx: WriteOnnx) -> Path:
     write_onnx("model.onnx", size=16).rename(folder / "model.onnx")
     target = Target("onnxruntime", 4, (3, 16, 16), threads=1)
     saved = Saved(ModelSpec("zoo:resnet20_cifar"), "/", Plan(), (3, 16, 16), Preprocess((0.5,), (0.5,)))
-    write_bundle(folder, nn.Linear(2, 2), saved, target, [])
+    origin = Origin(Fingerprint("a processor", "an OS", (), 1), "0" * 64, 0, ())
+    engine = BundledEngine("fp32", "onnxruntime", "model.onnx", "model.onnx", 0.1)
+    write_bundle(folder, nn.Linear(2, 2), saved, target, origin, [engine])
     return finished
 
 

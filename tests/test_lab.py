@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,16 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optpipe import graph, lab, models, store, tune
+from optpipe import building, graph, lab, models, precision, store, tune
 from optpipe.backends import onnxruntime
 from optpipe.data import ImageSet
 from optpipe.types import (
     Answer,
     Ask,
     Choice,
+    Engine,
     Event,
     Fingerprint,
     Plan,
+    Precision,
     Request,
     Search,
     Session,
@@ -72,6 +75,12 @@ class CountingBackend:
 
     built: int = 0
     open: int = 0
+    SOURCE: Literal["onnx", "program"] = "onnx"
+    CACHES_BUILDS: bool = False
+    INT8_REST: Literal["fp32", "fp16"] = "fp32"
+
+    def precisions(self, device: str) -> tuple[Precision, ...]:
+        return onnxruntime.precisions(device)
 
     def missing(self, target: Target) -> str | None:
         return onnxruntime.missing(target)
@@ -79,11 +88,11 @@ class CountingBackend:
     def fingerprint(self, target: Target) -> Fingerprint:
         return onnxruntime.fingerprint(target)
 
-    def build(self, onnx: Path, target: Target, folder: Path) -> Path:
+    def build(self, source: Path, target: Target, folder: Path) -> Engine:
         self.built += 1
-        return onnxruntime.build(onnx, target, folder)
+        return onnxruntime.build(source, target, folder)
 
-    def load(self, engine: Path, target: Target) -> Session:
+    def load(self, engine: Engine, target: Target) -> Session:
         self.open += 1
         session = onnxruntime.load(engine, target)
         close = session.close
@@ -135,11 +144,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def open_bench(run: store.Run, subject: lab.Subject, epoch: int = 0) -> Bench:
+def open_bench(run: store.Run, subject: lab.Subject, epoch: int = 0, *, caches_builds: bool = False) -> Bench:
     events: list[Event] = []
-    backend = CountingBackend()
+    backend = CountingBackend(CACHES_BUILDS=caches_builds)
+    workbench = building.Workbench(backend, TARGET, subject.calibration, precision.Settings(), subject.seed)
     clock = lab.Clock(tolerance=0.5, budget_s=0.05)
-    return Bench(lab.Lab(run, subject, backend, TARGET, clock, epoch, events.append), backend, events)
+    return Bench(lab.Lab(run, subject, workbench, clock, epoch, events.append), backend, events)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,35 @@ def test_equal_structures_are_built_and_timed_once(first: tuple[Bench, list[Tria
     assert bench.backend.built == 3
     assert len(list((shared / "first" / "engines").glob("*/latency.json"))) == 2
     assert [event.name for event in bench.events if event.kind == "note"] == ["engine"] * 3
+
+
+def test_the_count_of_engines_says_which_answers_took_no_build(
+    first: tuple[Bench, list[Trial]], shared: Path, subject: lab.Subject
+) -> None:
+    count = first[0].lab.engines
+    assert (count.candidates, count.structures, count.cached) == (3, 2, 0)
+    assert len(count.builds_s) == 2
+    assert (count.first_build_s, count.second_build_s) == (None, None)
+    again = resume(shared, subject)
+    assert [again.trial(plan) for plan in (FIRST, SECOND, OTHER)] == first[1]
+    assert again.lab.engines == count
+    other = open_bench(store.Run(shared / "count", shared / "cache"), subject)
+    other.trial(FIRST)
+    assert (other.lab.engines.structures, other.lab.engines.cached) == (1, 1)
+
+
+def test_a_backend_that_caches_builds_shows_once_what_the_second_takes(
+    tmp_path: Path, subject: lab.Subject
+) -> None:
+    bench = open_bench(store.Run(tmp_path, None), subject, caches_builds=True)
+    bench.trial(FIRST)
+    bench.trial(OTHER)
+    bench.lab.close()
+    assert bench.backend.built == 4  # the baseline, the first candidate twice, the second once
+    count = bench.lab.engines
+    assert count.first_build_s == count.builds_s[0]
+    assert count.second_build_s is not None
+    assert not (tmp_path / "engines" / "baseline").exists()
 
 
 def test_raw_samples_are_kept_beside_a_latency(first: tuple[Bench, list[Trial]], shared: Path) -> None:

@@ -60,6 +60,12 @@ class Photographs:
 class Altered:
     """A session whose logits of one image are changed."""
 
+    headline = "Latency"
+    notes: tuple[str, ...] = ()
+
+    def state(self) -> None:
+        return None
+
     def __init__(self, inner: Session, index: int, add: float) -> None:
         self.inner, self.index, self.add, self.seen = inner, index, add, 0
 
@@ -101,7 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def session(folder: Path) -> Session:
-    return backend.load(folder / "a.onnx", Target("onnxruntime", 4, SHAPE, threads=1))
+    target = Target("onnxruntime", 4, SHAPE, threads=1)
+    return backend.load(backend.build(folder / "a.onnx", target, folder), target)
 
 
 def sha256(path: Path) -> str:
@@ -202,6 +209,12 @@ def test_relative_difference_is_of_the_images_largest_logit() -> None:
             return torch.tensor([[0.001, -4.0]]).repeat(len(images), 1)
 
     class Nearly:
+        headline = "Latency"
+        notes: tuple[str, ...] = ()
+
+        def state(self) -> None:
+            return None
+
         def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
             return np.tile(np.array([[0.003, -4.0]], np.float32), (len(images), 1))
 

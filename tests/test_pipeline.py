@@ -25,6 +25,7 @@ from optpipe import data, deploy, onnx_export, pipeline, plugins, preparation, q
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import practise
+from optpipe.pipeline import engines
 from optpipe.report import build, schema
 from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
 from optpipe.types import Event
@@ -186,9 +187,11 @@ def test_every_stage_leaves_its_result(finished: Ran) -> None:
     assert [block.name for block in ingested.graph.droppable] == ["blocks.0", "blocks.1"]
     assert ingested.graph.parameters - pruned.parameters == 2 * (2 * 16 * 16 * 9 + 2 * 2 * 16)
     assert recovered.weights_sha256 == recovered_sha256(finished.folder)
-    assert exported.parity.passed
-    assert final.result.ratio_ci95 is not None
-    assert final.result.ratio_ci95[1] < 1
+    assert [one.precision for one in exported.engines] == ["fp32", "int8"]
+    assert all(one.parity is not None and one.parity.passed for one in exported.engines)
+    assert [one.precision for one in final.results] == ["fp32", "int8"]
+    assert final.results[0].latency.ratio_ci95 is not None
+    assert final.results[0].latency.ratio_ci95[1] < 1
     assert ingested.quality == final.original_quality
     assert all(result.seconds > 0 for result in (ingested, pruned, recovered, exported, final))
     stages = [name for name, detail in finished.details("stage") if detail == "finished"]
@@ -289,7 +292,7 @@ INTERRUPTS: dict[str, tuple[object, str, int]] = {
     "prune": (tune, "logits", 0),
     "recover": (store.DiskCheckpoint, "save", 2),
     "export": (deploy, "write_bundle", 0),
-    "benchmark": (pipeline, "_reference", 0),
+    "benchmark": (engines, "reference", 0),
 }
 
 

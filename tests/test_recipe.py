@@ -132,7 +132,7 @@ def test_an_unknown_table_names_the_nearest(good: Path) -> None:
 
 def test_an_unknown_table_far_from_all_lists_them(good: Path) -> None:
     assert refusal(changed(good, "[budget]", "[zzz]")) == (
-        "[zzz]: unknown table; valid are model, data, target, timing, method, recover, budget, run"
+        "[zzz]: unknown table; valid are model, data, target, export, timing, method, recover, budget, run"
     )
 
 
@@ -195,7 +195,7 @@ def test_the_normalisation_must_be_given(good: Path) -> None:
         ("target.batch=true", "[target] batch = true: should be a valid integer"),
         ("model.name=3", "[model] name = 3: should be a valid string"),
         ("run.cache=1", "[run] cache = 1: should be a valid boolean"),
-        ("target.precision=fp8", "[target] precision = \"fp8\": should be 'fp32', 'fp16' or 'int8'"),
+        ("target.precision=fp8", "[target] precision = \"fp8\": should be 'fp32', 'bf16', 'fp16' or 'int8'"),
         ("data.preprocess.size=[32]", "[data.preprocess] size[1]: is missing"),
         (
             'data.preprocess.size=[32, "x"]',
