@@ -56,8 +56,9 @@ def convert(
 
     fp32 and bf16 are the file itself (bf16 is how an engine computes it), and nothing is written. fp16
     keeps in fp32 what overflows on the calibration ``images``; without images only what its weights show.
-    int8 needs images; ``rest`` is the precision of what it leaves unquantized. With ``structure_only`` the
-    file takes as long as the final one and no error is measured. The same arguments give the same bytes.
+    int8 needs images; ``rest`` is the precision of what it leaves unquantized. With ``structure_only``
+    everything is quantized by the ranges of a few images and no error is measured: right to be timed, not to
+    be used. The same arguments give the same bytes.
 
     Raises:
         UsageError: int8 without images, or settings out of range.
@@ -128,7 +129,10 @@ def _int8(
     proto = found.proto
     kept = found.placement.in_float(graph)
     if rest == "fp16":
-        peaks = {} if judge is None else network.largest(graph, graph.float_tensors, images, judge.indices)
+        used = sorted(
+            {index for part in int8.split(len(images), settings.max_images, seed) for index in part}
+        )
+        peaks = {} if structure_only else network.largest(graph, graph.float_tensors, images, used)
         keep = fp16.overflowing(proto, peaks, settings.fp16_margin)
         proto = fp16.to_fp16(proto, keep)
     if judge is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -42,6 +41,8 @@ def to_fp16(proto: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
 
     Weights of layers too small for fp16 become 0. Raises RunError where the graph cannot be converted.
     """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
     copied = onnx.ModelProto()
     copied.CopyFrom(proto)
     quantized = any(node.op_type == "QuantizeLinear" for node in copied.graph.node)
@@ -49,11 +50,6 @@ def to_fp16(proto: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
     if quantized and opset < 19:
         raise RunError(f"quantizing fp16 values needs ONNX opset 19, the file has {opset}: export it anew")
     _flush(copied.graph)
-    before = list(sys.path)
-    try:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-    finally:
-        sys.path[:] = before  # importing it adds its own folder, whose module names are common words
     converted: onnx.ModelProto = convert_float_to_float16(
         copied, keep_io_types=True, node_block_list=list(keep)
     )

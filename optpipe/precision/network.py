@@ -224,7 +224,7 @@ def largest(
             )
     running = session(reducing)
     found = np.zeros(2 * len(names))
-    for batch in batches(images, indices, _LARGEST_BATCH):
+    for batch in batches(images, indices, batch_size(network, names)):
         values = np.abs(np.array(running.run(None, {network.input: batch}), np.float64))
         found = np.maximum(found, values)
     peaks = dict(zip(names, np.maximum(found[::2], found[1::2]).tolist(), strict=True))

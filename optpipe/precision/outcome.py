@@ -30,7 +30,7 @@ class Settings:
     """
 
     range_methods: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy")
-    percentile: float = 99.99
+    percentile: float = 99.999
     max_images: int = 512
     max_error: float = 0.005
     min_cut: float = 0.1
