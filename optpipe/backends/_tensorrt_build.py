@@ -60,8 +60,8 @@ def _parse(parser: Any, source: Path, log: Log) -> None:
     if parser.parse_from_file(str(source)):
         return
     for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        node, reason = error.node_name(), " ".join(error.desc().split())
+        problem = parser.get_error(index)
+        node, reason = problem.node_name(), " ".join(problem.desc().split())
         if not any(reason in line for line in log.errors):
             log.errors.append(f"{reason} (node {node})" if node else reason)
     raise log.failure(

@@ -144,18 +144,18 @@ class TensorrtSession:
 
     def _names(self) -> tuple[str, str]:
         """The names of the one input and the one output, both float32."""
-        engine, modes = self._engine, self._trt.TensorIOMode
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs = [name for name in names if engine.get_tensor_mode(name) == modes.INPUT]
-        outputs = [name for name in names if engine.get_tensor_mode(name) == modes.OUTPUT]
+        trt = self._trt
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        outputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         if len(inputs) != 1 or len(outputs) != 1:
             raise RunError(
                 f"{self._path} has {len(inputs)} inputs and {len(outputs)} outputs: "
                 "optpipe runs networks with one input of images and one output of logits"
             )
         for name in names:
-            kind = engine.get_tensor_dtype(name)
-            if kind != self._trt.DataType.FLOAT:
+            kind = self._engine.get_tensor_dtype(name)
+            if kind != trt.DataType.FLOAT:
                 raise RunError(
                     f"{self._path}: {name} is {kind.name}, not FLOAT: a network of any precision takes and "
                     "returns float32; export it anew"

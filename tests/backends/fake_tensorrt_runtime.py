@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Machine:
         self.configs: list[Config] = []
         self.timed: list[int] = []
         self.deserialized = 0
+        self.during_build: Callable[[], object] = lambda: None
         self._logger: Any = None
         self.trt = FakeTensorrt(
             release,
@@ -114,6 +115,7 @@ class Builder:
         if machine.fails("build"):
             return None
         machine.timed.append(config.time_kernels(network))
+        machine.during_build()
         profile = config.profiles[0].shapes if config.profiles else None
         return Memory(machine.plan(network.content, profile))
 
