@@ -12,10 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from conftest import WriteOnnx
 from fake_tensorrt import RELEASES, Use, load_api
 from fake_tensorrt_runtime import Machine
 from tensorrt_signatures import CLASSES, ENUMS, absent
+from wheels import folder_with
 
 from optpipe import backends
 from optpipe.backends import tensorrt as backend
@@ -54,26 +54,6 @@ OWN_OBJECTS = {"_tensorrt_cache.py": {"cache": "ITimingCache", "other": "ITiming
 Ask = Callable[..., str]
 
 
-@cache
-def bindings(release: str) -> Path:
-    """The folder with the real module of a release; skips where it cannot be had."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    wheel = f"{WHEELS[release]}-py{sys.version_info.major}{sys.version_info.minor}"
-    folder = root / "optpipe" / "tests" / wheel.replace("==", "-")
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--retries", "1", "--timeout", "20", "--target", temporary, WHEELS[release]]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            pytest.skip(f"pip cannot install {WHEELS[release]}: {result.stderr.strip().splitlines()[-1:]}")
-        if not folder.is_dir():  # another run may have been quicker
-            shutil.copytree(temporary, folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=RELEASES)
 def release(request: pytest.FixtureRequest) -> str:
     found: str = request.param
@@ -86,7 +66,7 @@ def ask(release: str, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler (cc, gcc or clang) for the library that stands in for TensorRT's")
-    folder = bindings(release)
+    folder = folder_with(WHEELS[release])
     libraries = tmp_path_factory.mktemp("libraries")
     for name in LIBRARIES:
         path = libraries / f"{name}.so.{release}"
