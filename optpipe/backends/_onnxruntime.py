@@ -27,8 +27,10 @@ def open_session(
 
     content = checked_bytes(engine)
     # A first look without optimisation only reads the names of the dimensions; any exporter's will do.
-    look = options()
+    look = onnxruntime.SessionOptions()
     look.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    look.intra_op_num_threads = 1
+    look.log_severity_level = 4
     found = onnxruntime.InferenceSession(content, look, providers=["CPUExecutionProvider"]).get_inputs()
     if len(found) != 1:
         raise RunError(
@@ -39,7 +41,8 @@ def open_session(
     for size, dimension in zip(wanted, found[0].shape, strict=False):
         if isinstance(dimension, str):
             fixed.add_free_dimension_override_by_name(dimension, size)
-    session = onnxruntime.InferenceSession(content, fixed, providers=list(providers))
+    # Else a provider that fails is replaced by the CPU, with a message on stdout.
+    session = onnxruntime.InferenceSession(content, fixed, providers=list(providers), enable_fallback=0)
     shape = tuple(session.get_inputs()[0].shape)
     if shape != wanted:
         raise RunError(

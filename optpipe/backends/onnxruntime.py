@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU, and with its CUDA provider on an NVIDIA GPU (``_onnxruntime_cuda``).
 
 The engine is the ONNX file itself, where it lies: nothing is built and nothing is copied. ONNX Runtime can
 also store its optimised graph, but at the level that is timed here that graph holds kernels and weight
@@ -6,7 +6,8 @@ layouts chosen for the CPU that wrote it: it may not run on another one, nor und
 would save is the optimisation when loading, tens of milliseconds for a ResNet. The batch is fixed when the
 engine is loaded, not in the file; the precision is that of the file.
 
-Two sessions in one process must not disturb each other, nor differ by where their threads happen to lie:
+On the CPU two sessions in one process must not disturb each other, nor differ by where their threads happen
+to lie:
 
 - threads never spin: two sessions whose threads spin take the cores from each other, the same network then
   takes about twice as long and savings look smaller than they are;
@@ -27,7 +28,8 @@ from optpipe.backends import _processor
 from optpipe.backends._engine import engine_of
 from optpipe.backends._images import batches
 from optpipe.backends._onnxruntime import failure, open_session, runtime_errors
-from optpipe.errors import UsageError
+from optpipe.backends._onnxruntime_cuda import CudaSession, fingerprint_cuda, missing_cuda, options_of
+from optpipe.errors import MissingError, UsageError
 from optpipe.types import DeviceState, Engine, Fingerprint, Precision, Sample, Session, Target
 
 if TYPE_CHECKING:
@@ -39,11 +41,13 @@ CACHES_BUILDS = False
 INT8_REST: Literal["fp32", "fp16"] = "fp32"
 
 _PROVIDER = "CPUExecutionProvider"
+# The CUDA provider has few int8 kernels: it would compute most of such a file in fp32, between conversions.
+_PRECISIONS: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
 
 
 def precisions(device: str) -> tuple[Precision, ...]:
     """The precisions of ONNX files that it runs on ``device``."""
-    return ("fp32", "int8") if device == "cpu" else ()
+    return _PRECISIONS.get(device, ())
 
 
 def missing(target: Target) -> str | None:
@@ -52,13 +56,17 @@ def missing(target: Target) -> str | None:
     Raises UsageError for a target that this backend runs on no machine.
     """
     _check_target(target)
+    if target.device == "cuda":
+        return missing_cuda()
     if importlib.util.find_spec("onnxruntime") is None:
         return "the package onnxruntime is not installed: pip install 'optpipe[cpu]'"
     return None
 
 
 def fingerprint(target: Target) -> Fingerprint:
-    """The processor, the operating system and ONNX Runtime, with the number of threads used."""
+    """The device, its driver and ONNX Runtime, with the number of threads used."""
+    if target.device == "cuda":
+        return fingerprint_cuda()
     import onnxruntime
 
     model, stepping = _processor.processor()
@@ -87,10 +95,15 @@ def load(engine: Engine, target: Target) -> Session:
 
     Raises:
         UsageError: this backend does not run the target.
+        MissingError: this machine has no GPU that ONNX Runtime could use, and the target wants one.
         RunError: the file is not the one that was built, or ONNX Runtime refuses it.
     """
     _check_target(target)
-    return _CpuSession(engine, target)
+    if target.device == "cpu":
+        return _CpuSession(engine, target)
+    if lacking := missing_cuda():
+        raise MissingError(lacking)
+    return CudaSession(engine, target)
 
 
 class _CpuSession:
@@ -157,7 +170,8 @@ def _check_target(target: Target) -> None:
     supported = precisions(target.device)
     if not supported:
         raise UsageError(
-            f'target.device = {target.device!r}: the onnxruntime backend runs on the CPU; set device = "cpu"'
+            f"target.device = {target.device!r}: the onnxruntime backend runs on 'cpu' and 'cuda'; "
+            "set one of these"
         )
     if target.precision not in supported:
         raise UsageError(
@@ -168,9 +182,12 @@ def _check_target(target: Target) -> None:
         raise UsageError(
             f"target.batch = {target.batch}, target.threads = {target.threads}: both must be at least 1"
         )
+    if target.device == "cuda":
+        options_of(target)
+        return
     for name, value in target.options:
         raise UsageError(
-            f"target.options.{name} = {value!r}: the onnxruntime backend has no options; remove it"
+            f"target.options.{name} = {value!r}: on 'cpu' the onnxruntime backend has no options; remove it"
         )
 
 

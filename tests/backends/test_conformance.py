@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from optpipe import onnx_export, plugins
+from optpipe import onnx_export, plugins, program_export
 from optpipe.errors import RunError, UsageError
 from optpipe.types import Backend, DeviceState, Engine, Precision, Session, Target
 
@@ -58,8 +58,14 @@ def cases() -> list[Case]:
 
 
 def parameters(found: list[Case]) -> list[object]:
-    gpu = pytest.mark.gpu
-    return [pytest.param(case, id=str(case), marks=[gpu] if case.device == "cuda" else []) for case in found]
+    return [pytest.param(case, id=str(case), marks=marks(case)) for case in found]
+
+
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    if case.device == "cuda":
+        return [pytest.mark.gpu]
+    compiles = case.module.SOURCE == "program"
+    return [pytest.mark.slow] if compiles and case.precision != "fp32" else []
 
 
 EVERY_PRECISION = parameters(cases())
@@ -97,11 +103,8 @@ def onnx(network: nn.Module, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def program(network: nn.Module, folder: Path) -> Path:
-    export_program: Callable[..., None] | None = getattr(onnx_export, "export_program", None)
-    if export_program is None:
-        pytest.skip("torch programs cannot be exported yet")
-    path = folder / "model.pt2"
-    export_program(network, SHAPE, BATCH, path)
+    path = folder / "program.pt2"
+    program_export.export(network, SHAPE, BATCH, path)
     return path
 
 
