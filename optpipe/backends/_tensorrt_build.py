@@ -41,7 +41,7 @@ def build_engine(trt: Any, source: Path, target: Target, options: Options, folde
     config = log.made(builder.create_builder_config, "start a configuration", _NO_GPU)
     _configure(trt, config, options)
     _add_profile(builder, config, network, log, source, target, options)
-    cache = _timing_cache(trt, config, options)
+    cache = _timing_cache(trt, config, options, log)
     plan = log.made(
         lambda: builder.build_serialized_network(network, config),
         f"build {source} in {target.precision}",
@@ -53,7 +53,8 @@ def build_engine(trt: Any, source: Path, target: Target, options: Options, folde
         cache.save()
         notes = cache.notes + notes
     engine = _write(folder / "engine.plan", bytes(plan))
-    return engine_of(engine, time.perf_counter() - begin, None if cache is None else cache.path, *notes)
+    kept = cache.path if cache is not None and cache.path.is_file() else None
+    return engine_of(engine, time.perf_counter() - begin, kept, *notes)
 
 
 def _parse(parser: Any, source: Path, log: Log) -> None:
@@ -115,11 +116,14 @@ def _add_profile(
         raise log.failure(f"TensorRT cannot {what}", mend)
 
 
-def _timing_cache(trt: Any, config: Any, options: Options) -> TimingCache | None:
+def _timing_cache(trt: Any, config: Any, options: Options, log: Log) -> TimingCache | None:
     """The cache for this build; None at level 0, where TensorRT times nothing and reads no cache."""
     if options.optimization_level == 0:
         return None
-    return TimingCache(config, options.timing_cache or default_path(trt.__version__))
+    cache = TimingCache(config, options.timing_cache or default_path(trt.__version__))
+    if cache.notes:
+        log.errors.clear()  # about the file that was dropped: if the build fails, it is for another reason
+    return cache
 
 
 def _write(path: Path, plan: bytes) -> Path:

@@ -14,6 +14,7 @@ from fake_tensorrt_runtime import Machine
 
 from optpipe.backends import tensorrt as backend
 from optpipe.backends._tensorrt_cache import TimingCache
+from optpipe.errors import RunError
 from optpipe.types import Engine, Target
 
 SHAPE = (3, 16, 16)
@@ -88,13 +89,26 @@ def test_a_cache_that_does_not_fit_is_begun_anew_and_said_so(
     assert machine.timed == [3, 0]
 
 
+def test_a_build_that_fails_does_not_blame_a_cache_that_was_dropped(
+    machine: Machine, onnx: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "timings"
+    path.write_bytes(b"damaged")
+    machine.faults.add("build")
+    with pytest.raises(RunError) as caught:
+        backend.build(onnx, target_of(("timing_cache", str(path))), tmp_path)
+    assert "Could not find any implementation" in str(caught.value)
+    assert "timing cache" not in str(caught.value)
+
+
 def test_a_cache_that_tensorrt_refuses_even_when_empty_does_not_stop_the_build(
     machine: Machine, onnx: Path, tmp_path: Path
 ) -> None:
     machine.faults.add("cache_refused")
     engine = backend.build(onnx, target_of(), tmp_path)
     assert engine.path.exists()
-    assert not cache_of(engine).exists()
+    assert engine.timing_cache is None
+    assert not list(tmp_path.rglob("*.cache"))
 
 
 def test_what_another_process_wrote_during_the_build_is_kept(
