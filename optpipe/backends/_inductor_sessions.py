@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optpipe.backends import _nvml, _processor
 from optpipe.backends._images import batches, shape_text
-from optpipe.backends._inductor_settings import threads_of_torch, true_fp32
+from optpipe.backends._inductor_settings import in_blocks_of_their_own, threads_of_torch, true_fp32
 from optpipe.errors import RunError
 from optpipe.types import DeviceState, Sample, Target
 
@@ -38,7 +38,7 @@ class CpuSession:
         self._threads = _processor.threads_or_all(target.threads)
         self._input = _first_images(self._shape)
         with _explained(path):
-            self._package: Any = _opened(content)
+            self._package: Any = in_blocks_of_their_own(lambda: _opened(content))
             with torch.inference_mode(), threads_of_torch(self._threads):
                 _check_logits(self._package(self._input), self._shape[0], path)
 

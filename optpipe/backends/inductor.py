@@ -9,6 +9,8 @@ What it takes care of:
   hands it its own contiguous buffer and nothing else;
 - the number of OpenMP threads is written into the code when it is compiled and read from the calling thread
   when a library's kernel runs: it is set to the target's around both, and given back after;
+- where the weights happen to lie in memory decides several percent of the time: they start at the same
+  place in a page in every session;
 - fp32 is true fp32: TF32 is off while compiling and while running.
 """
 

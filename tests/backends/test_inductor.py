@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,27 @@ def test_tf32_is_off_only_inside() -> None:
         assert settings() == (False, False)
         raise RuntimeError
     assert settings() == before
+
+
+def test_blocks_of_memory_for_weights_start_at_one_place_in_a_page() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        pytest.skip("the C library is not glibc")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    large = libc.malloc(8 << 20)
+    blocks = [libc.malloc(100)]
+    libc.free(large)  # what a heap gives next
+    inside = set()
+    for size in (300_000, 1 << 20, 3_333_333):
+        blocks += [
+            _inductor_settings.in_blocks_of_their_own(partial(libc.malloc, size)),
+            libc.malloc(size + 16),
+        ]
+        inside.add(blocks[-2] % 4096)
+    for block in blocks:
+        libc.free(block)
+    assert len(inside) == 1
 
 
 # ---------------------------------------------------------------- whole networks
