@@ -31,7 +31,7 @@ class Settings:
 
     range_methods: tuple[RangeMethod, ...] = ("minmax", "percentile", "entropy")
     percentile: float = 99.999
-    max_images: int = 512
+    max_images: int = 256
     max_error: float = 0.005
     min_cut: float = 0.1
     max_layers_in_float: int = 3
@@ -99,7 +99,7 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """An ONNX file at a precision, and how it was made.
+    """An ONNX file at a precision, and how it was made. JSON-able but for its path.
 
     ``kept_in_float`` names what int8 left unquantized, or what fp16 left in fp32. ``error`` is that of the
     file as written, as in :class:`PlacementTrial`; None where it was not measured. ``layers`` are in
