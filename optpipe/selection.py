@@ -73,8 +73,9 @@ def _all(target: Target) -> Selected:
     for name in plugins.names("backends"):
         offered = plugins.backend(name).precisions(target.device)
         if target.precision not in offered:
-            runs = f"runs {', '.join(offered)}" if offered else "does not run"
-            absent.append((name, f"{runs} on {target.device}, not {target.precision}" if offered else runs))
+            runs = f"runs {', '.join(offered)} on" if offered else "does not run on"
+            wanted = f", not {target.precision}" if offered else ""
+            absent.append((name, f"{runs} {target.device}{wanted}"))
             continue
         lacking = _lacking(name, target)
         if lacking is None:

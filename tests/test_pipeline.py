@@ -21,7 +21,18 @@ import torch
 from PIL import Image
 
 import optpipe
-from optpipe import data, deploy, onnx_export, pipeline, plugins, preparation, quality, store, timing, tune
+from optpipe import (
+    data,
+    deploy,
+    onnx_export,
+    pipeline,
+    plugins,
+    preparation,
+    quality,
+    store,
+    timing,
+    tune,
+)
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import practise
@@ -205,7 +216,13 @@ def test_the_report_can_be_read_and_says_what_was_done(finished: Ran, setup: pre
     assert (report.budget.met, report.warnings) == (True, ())
     assert (report.data.calibration_count, report.data.evaluation_count) == (20, 24)
     assert report.data.calibration_sha256 == setup.calibration.digest
-    assert [table.title for table in report.tables] == ["Blocks", "Predicted and measured saving"]
+    titles = [table.title for table in report.tables]
+    assert titles[:2] == ["Blocks", "Predicted and measured saving"]
+    assert [title.split(":")[0] for title in titles[2:]] == ["int8"] * 2
+    assert [one.precision for one in report.precisions] == ["fp32", "int8"]
+    assert report.precisions[0].latency == report.result.latency
+    assert report.engines is not None
+    assert report.engines.candidates >= report.engines.structures > 0
     assert report.original.quality.metric == "top1"
     assert (report.original.quality.count, report.original.quality.split) == (24, "evaluation")
     assert report.result.agreement is not None
@@ -237,6 +254,35 @@ def test_the_loaded_network_computes_what_the_engine_does(finished: Ran, setup: 
     assert np.abs(found - expected).max() < 1e-4
     with torch.no_grad():
         assert np.abs(setup.original(images).numpy() - expected).max() > 1e-3
+
+
+def test_an_engine_that_was_swapped_after_the_export_is_not_benchmarked(
+    copied: Path, setup: preparation.Setup
+) -> None:
+    forget(copied, "benchmark")
+    path = copied / "deploy" / "model.int8.onnx"
+    path.write_bytes((copied / "deploy" / "model.onnx").read_bytes())
+    with pytest.raises(RunError, match=r"model\.int8\.onnx: sha256 is .* is not loaded"):
+        take(setup, copied)
+
+
+def test_a_precision_that_cannot_be_built_is_left_out_with_its_reason(
+    copied: Path, finished: Ran, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise RunError("no ranges today")
+
+    forget(copied, "export", "benchmark")
+    monkeypatch.setattr(precision, "convert", refuse)
+    again = take(setup, copied)
+    fp32, int8 = again.report.precisions
+    assert (fp32.failed, int8.failed) == ("", "no ranges today")
+    assert fp32.latency is not None and int8.latency is None
+    assert "int8 is left out: no ranges today" in again.report.warnings
+    assert "none: no ranges today" in (copied / "report.md").read_text()
+    assert again.report.plan == finished.report.plan
+    assert not (copied / "deploy" / "model.int8.onnx").exists()
+    assert deploy.verify(copied) == []
 
 
 def test_the_bundle_verifies_until_a_file_of_it_changes(copied: Path) -> None:
