@@ -201,6 +201,23 @@ def test_weights_below_fp16_become_zero_and_other_constants_do_not(write: Write,
     assert found["shrink"] > 0
 
 
+@pytest.mark.slow
+def test_a_transformer_can_be_measured_in_every_precision(tmp_path: Path) -> None:
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(12, 4, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
+    torch.nn.init.normal_(model.heads.head.weight)
+    export(model, SHAPE, 2, tmp_path / "model.onnx")
+    wanted: tuple[tuple[Precision, precision.Rest, float], ...]
+    wanted = (("fp16", "fp16", 1e-4), ("int8", "fp32", 0.01), ("int8", "fp16", 0.01))
+    source, images = tmp_path / "model.onnx", Photographs(40)
+    for number, rest, most in wanted:
+        found = convert(source, tmp_path / "out.onnx", number, images, rest=rest)
+        assert found.error is not None and 0 < found.error < most
+        onnx.checker.check_model(onnx.load(found.path), full_check=True)
+
+
 # ---------------------------------------------------------------- int8: the file
 
 
