@@ -27,6 +27,7 @@ from optpipe import (
     onnx_export,
     pipeline,
     plugins,
+    precision,
     preparation,
     quality,
     store,

@@ -60,9 +60,7 @@ def test_on_a_gpu_auto_says_why_it_passes_over_a_backend(loads: set[str]) -> Non
 
 
 def test_where_nothing_loads_every_reason_is_named(loads: set[str]) -> None:
-    with pytest.raises(
-        MissingError, match="no backend loads on cuda: tensorrt: .*; onnxruntime: .*; inductor:"
-    ):
+    with pytest.raises(MissingError, match=r"on cuda: tensorrt: .*; onnxruntime: .*; inductor:"):
         selection.select(target("auto", "cuda"))
     with pytest.raises(MissingError, match=r"^no onnxruntime$"):
         selection.select(target("auto"))
