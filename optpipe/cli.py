@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from optpipe import __version__
-from optpipe.errors import GateError, OptpipeError
+from optpipe.errors import GateError, MissingError, OptpipeError
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -196,14 +196,46 @@ def verify(run: Path, debug: bool) -> None:
 
 
 @cli.command()
+@RUN
+@click.option("--gpu", is_flag=True, help="Build engines for the NVIDIA GPU.")
+@click.option("--backend", metavar="NAME", help="The engine [the bundle's, or what suits the device].")
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder for the bundle [in its place].")
 @DEBUG
-def doctor(debug: bool) -> None:
+def rebuild(run: Path, *, gpu: bool, backend: str | None, out: Path | None, debug: bool) -> None:
+    """Build the engines of a RUN's deploy bundle anew on this machine."""
+    from optpipe import rebuild as rebuilds
+    from optpipe.console import EventConsole
+
+    with EventConsole() as console:
+        rebuilt = rebuilds.rebuild(run, gpu=gpu, out=out, backend=backend, emit=console.show)
+    click.echo(rebuilds.as_text(rebuilt), nl=False)
+
+
+@cli.command()
+@click.option("--gpu", is_flag=True, help="What engines on an NVIDIA GPU take, and a self-test of them.")
+@click.option("--self-test", is_flag=True, help="Build, compare and time a small engine of each kind.")
+@DEBUG
+def doctor(*, gpu: bool, self_test: bool, debug: bool) -> None:
     """Say what this machine can run, and what is missing for the rest."""
     from optpipe import environment
 
-    for finding in environment.examine(Path.cwd()):
+    lacking: list[str] = []
+
+    def show(finding: environment.Finding, otherwise: str = "missing") -> None:
         mend = f"; {finding.mend}" if finding.mend else ""
-        click.echo(f"{'ok     ' if finding.fine else 'missing'} {finding.subject}: {finding.detail}{mend}")
+        click.echo(f"{'ok     ' if finding.fine else otherwise} {finding.subject}: {finding.detail}{mend}")
+        if finding.needed and not finding.fine:
+            lacking.append(finding.subject)
+
+    for finding in environment.examine_gpu() if gpu else environment.examine(Path.cwd()):
+        show(finding)
+    if gpu or self_test:
+        from optpipe import selftest
+
+        for finding in selftest.check("cuda" if gpu else "cpu"):
+            show(finding, "failed ")
+    if lacking:
+        raise MissingError(f"not fine: {', '.join(lacking)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

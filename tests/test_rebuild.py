@@ -17,6 +17,7 @@ from torch import nn
 
 from optpipe import deploy, onnx_export, plugins, precision, rebuild, selection
 from optpipe.backends import onnxruntime as cpu
+from optpipe.cli import main
 from optpipe.data import DataSpec, Preprocess, load_images
 from optpipe.deploy import bundle as bundles
 from optpipe.errors import MissingError, RunError, UsageError
@@ -266,3 +267,12 @@ def test_openvino_takes_over_a_bundle_by_its_name(run: Path) -> None:
     manifest = bundles.open_bundle(run)[1]
     assert {entry.backend for entry in manifest.engines} == {"openvino"}
     assert deploy.verify(run) == []
+
+
+def test_the_command_prints_a_line_for_each_engine(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["rebuild", str(run), "--out", str(run.parent / "new")])
+    head, fp32, int8 = capsys.readouterr().out.splitlines()
+    assert head == f"{run.parent / 'new'}: engines of onnxruntime on cpu"
+    assert fp32.startswith("fp32: Latency ")
+    assert fp32.endswith(", the same class for 100% of 32 random images")
+    assert int8.startswith("int8: Latency ")

@@ -1,0 +1,91 @@
+"""``optpipe doctor``'s self-test: engines of a small network, built, compared with torch and timed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optpipe import building, data, onnx_export, plugins, precision, timing
+from optpipe.environment import Finding
+from optpipe.errors import OptpipeError
+from optpipe.types import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHAPE = (3, 32, 32)
+BATCH = 4
+
+
+def check(device: str) -> Iterator[Finding]:
+    """An engine in each precision of each backend that loads on "cpu" or "cuda", a finding for each."""
+    network, images = _network(), _images()
+    for name in plugins.names("backends"):
+        backend = plugins.backend(name)
+        offered = backend.precisions(device)
+        target = Target(name, BATCH, SHAPE, device=device)
+        if not offered or backend.missing(target) is not None:
+            continue
+        bench = building.Workbench(
+            backend, target, images, precision.Settings(range_methods=("minmax",)), seed=0
+        )
+        with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
+            for wanted in offered:
+                subject = f"self-test {name} {wanted}"
+                try:
+                    detail = _engine(network, bench.at(wanted), Path(folder))
+                except OptpipeError as error:
+                    yield Finding(subject, False, str(error), needed=True)
+                else:
+                    yield Finding(subject, True, detail)
+
+
+def _engine(network: nn.Module, bench: building.Workbench, folder: Path) -> str:
+    """Build one engine, compare and time it; RunError where it computes something else than torch."""
+    exported = building.export(network, bench, folder)
+    built = building.build(exported, bench, folder / bench.target.precision)
+    session = bench.backend.load(built.engine, bench.target)
+    try:
+        parity = building.parity(network, session, bench)
+        onnx_export.check_parity(parity)
+        with timing.device_lock(bench.target.device):
+            measured = timing.single(session, tolerance=0.01, budget_s=0.5, seed=0)
+        notes = "".join(f"; {note}" for note in session.notes)
+        figure = f"{session.headline} {timing.median(measured.samples_ms):.3f} ms"
+    finally:
+        session.close()
+    return f"built in {built.engine.build_s:.1f} s, logits within {parity.max_rel:.1g}, {figure}{notes}"
+
+
+def _network() -> nn.Module:
+    """Convolutions with batch-norm and a classifier, the same weights each time."""
+    import torch
+    from torch import nn
+
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def _images() -> data.ImageSet:
+    """Random images, in memory."""
+    import torch
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, *SHAPE), dtype=np.uint8)
+    names = tuple(f"random {index}" for index in range(len(pixels)))
+    return data.ImageSet(torch.from_numpy(pixels), None, names, (0.5,) * 3, (0.25,) * 3, "random")
