@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,10 +10,10 @@ import pytest
 import optpipe
 from optpipe import deploy
 from optpipe.data import Preprocess
-from optpipe.deploy import bundle
+from optpipe.deploy import bundle, run_engine
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
-from optpipe.types import Plan, Target
+from optpipe.types import Fingerprint, Plan, Target
 
 NETWORK = """
 import torch
@@ -43,6 +45,9 @@ def network(classes):
 """
 SHAPE = (1, 8, 8)
 TARGET = Target("onnxruntime", 4, SHAPE, threads=1)
+MACHINE = Fingerprint("a processor", "Linux 6", (("onnxruntime", "1.22"),), 1)
+ORIGIN = deploy.Origin(MACHINE, "c" * 64, 7, ("a.png", "b.png"))
+ENGINE = deploy.BundledEngine("fp32", "onnxruntime", "model.onnx", "model.onnx", 0.5, ("head",))
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     (folder / "deploy" / "model.onnx").write_bytes(b"an engine")
     (folder / "deploy" / ".model.onnx.1.tmp").write_bytes(b"left by a killed process")
     saved = deploy.Saved(spec, str(tmp_path), plan, SHAPE, Preprocess((0.5,), (0.5,)))
-    deploy.write_bundle(folder / "deploy", candidate, saved, TARGET, ["a.png", "b.png"])
+    deploy.write_bundle(folder / "deploy", candidate, saved, TARGET, ORIGIN, [ENGINE])
     torch.save(candidate(torch.ones(2, *SHAPE)), tmp_path / "expected.pt")
     return folder
 
@@ -83,12 +88,34 @@ def test_the_network_comes_back_with_its_weights(run: Path) -> None:
 
 def test_the_manifest_lists_every_file_and_no_leftover(run: Path) -> None:
     manifest = json.loads((run / "deploy" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["schema"] == "optpipe.manifest/1"
-    assert sorted(manifest["files"]) == ["model.onnx", "model.safetensors", "plan.json"]
+    assert manifest["schema"] == "optpipe.manifest/2"
+    assert sorted(manifest["files"]) == ["model.onnx", "model.safetensors", "plan.json", "run_engine.py"]
     assert manifest["files"]["model.onnx"]["bytes"] == len(b"an engine")
-    assert manifest["calibration_images"] == ["a.png", "b.png"]
     assert manifest["target"]["batch"] == 4
     assert manifest["preprocess"]["mean"] == [0.5]
+
+
+def test_the_manifest_says_where_the_bundle_comes_from(run: Path) -> None:
+    manifest = bundle.open_bundle(run)[1]
+    assert manifest.origin == ORIGIN
+    assert manifest.built_on == MACHINE
+    assert manifest.engines == (ENGINE,)
+
+
+def test_the_program_that_travels_is_the_packages_own(run: Path) -> None:
+    assert (run / "deploy" / "run_engine.py").read_bytes() == Path(run_engine.__file__).read_bytes()
+
+
+def test_an_engine_is_trusted_with_the_manifests_digest_alone(run: Path) -> None:
+    folder, manifest = bundle.open_bundle(run)
+    engine = bundle.trusted_engine(folder, manifest, "fp32")
+    assert (engine.path, engine.build_s) == (folder / "model.onnx", 0.5)
+    assert engine.sha256 == hashlib.sha256(b"an engine").hexdigest()
+    with pytest.raises(UsageError, match=r"has no int8 engine; there are: fp32$"):
+        bundle.trusted_engine(folder, manifest, "int8")
+    unlisted = dataclasses.replace(manifest, files={})
+    with pytest.raises(UsageError, match=r"has no sha256 of model\.onnx: it is not loaded$"):
+        bundle.trusted_engine(folder, unlisted, "fp32")
 
 
 def test_a_whole_bundle_verifies(run: Path) -> None:
@@ -96,7 +123,7 @@ def test_a_whole_bundle_verifies(run: Path) -> None:
     assert deploy.verify(run / "deploy") == []
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "plan.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "plan.json", "run_engine.py"])
 def test_one_flipped_bit_is_found(run: Path, name: str) -> None:
     path = run / "deploy" / name
     content = bytearray(path.read_bytes())
