@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from optpipe import graph, store
-from optpipe.backends import onnxruntime
+from optpipe import building, graph, store
 from optpipe.errors import UsageError
-from optpipe.types import Engine, Session, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
@@ -75,15 +73,16 @@ def rows(found: Record, engine: str) -> dict[str, Row]:
     return {row.kind: row for row in found.rows if row.engine == engine}
 
 
-def test_a_backend_that_fails_is_a_row_and_a_rerun_goes_on_from_there(
+def test_a_backend_that_fails_is_a_row_and_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(engine: Engine, target: Target) -> Session:
-        raise RuntimeError("no kernel for this device")
+    reasons = iter(["no kernel for this device", "no driver"])
 
-    with monkeypatch.context() as patched:
-        patched.setattr(onnxruntime, "load", broken)
-        text = gpu.run(options(tmp_path))
+    def broken(model: nn.Module, bench: building.Workbench, folder: Path) -> Path:
+        raise RuntimeError(next(reasons))
+
+    monkeypatch.setattr(building, "export", broken)
+    text = gpu.run(options(tmp_path))
     first = record(tmp_path)
     # The original failed, so nothing was tried that would be timed in turn with it; the rest was measured.
     assert [row.failure for row in first.rows if row.engine == "onnxruntime"] == [
@@ -92,29 +91,47 @@ def test_a_backend_that_fails_is_a_row_and_a_rerun_goes_on_from_there(
     assert "- onnxruntime, tiny, fp32, batch 2, the original: RuntimeError: no kernel" in text
     assert "no kernel for this device" in capsys.readouterr().err
     assert set(rows(first, "torch eager")) == {"original"}
-    assert set(rows(first, "torch eager channels_last")) == {"original", "single", "depth"}
+    last = rows(first, "torch eager channels_last")
+    assert set(last) == {"original", "single", "depth"}
+    check_rows(list(last.values()))
 
     text = gpu.run(options(tmp_path))
     second = record(tmp_path)
-    engine = rows(second, "onnxruntime")
-    assert set(engine) == {"original", "single", "depth"}
-    assert (engine["single"].alike, engine["single"].dropped) == (("first", "second"), ("first",))
-    assert engine["depth"].dropped == ("first", "second")
-    assert engine["depth"].macs < engine["single"].macs < engine["original"].macs
-    for row in engine.values():
-        assert row.latency is not None and row.latency.ratio_ci95 is not None and row.reference_ms is not None
-        assert row.latency.samples >= 4 and row.max_rel is not None and row.max_rel < 1e-3
-    assert [row for row in second.rows if row.engine != "onnxruntime"] == [
-        row for row in first.rows if row.engine != "onnxruntime"
-    ]
-    assert [visit.rows for visit in second.visits] == [5, 3]
-    assert "What did not run" not in text
+    assert [row.failure for row in second.rows if row.failure] == ["RuntimeError: no driver"]
+    assert [row for row in second.rows if row.latency] == [row for row in first.rows if row.latency]
+    assert [visit.rows for visit in second.visits] == [5, 1]
+    assert "no kernel" not in text
+
+
+@pytest.mark.slow
+def test_a_rerun_goes_on_from_what_is_there(tmp_path: Path) -> None:
+    asked = options(tmp_path)
+    gpu.run(dataclasses.replace(asked, scale=dataclasses.replace(asked.scale, depths=())))
+    first = record(tmp_path)
+    assert set(rows(first, "onnxruntime")) == {"original", "single"}
+    text = gpu.run(asked)
+    second = record(tmp_path)
+    check_rows(list(rows(second, "onnxruntime").values()))
+    assert second.rows[: len(first.rows)] == first.rows
+    assert [visit.rows for visit in second.visits] == [5, 2]
     assert "| first, second | -36.3% |" in text
+    assert "What did not run" not in text
     assert (tmp_path / "gpu.md").read_text(encoding="utf-8") == text
 
     before = (tmp_path / "gpu.json").read_bytes()
-    assert gpu.run(options(tmp_path)) == text
+    assert gpu.run(asked) == text
     assert (tmp_path / "gpu.json").read_bytes() == before
+
+
+def check_rows(found: list[Row]) -> None:
+    """An original, one of its blocks dropped, and both."""
+    kinds = {row.kind: row for row in found}
+    assert (kinds["single"].alike, kinds["single"].dropped) == (("first", "second"), ("first",))
+    assert kinds["depth"].dropped == ("first", "second")
+    assert kinds["depth"].macs < kinds["single"].macs < kinds["original"].macs
+    for row in found:
+        assert row.latency is not None and row.latency.ratio_ci95 is not None and row.reference_ms is not None
+        assert row.latency.samples >= 4 and row.max_rel is not None and row.max_rel < 1e-3
 
 
 def test_rows_that_no_longer_fit_are_left_out(tmp_path: Path) -> None:
