@@ -16,7 +16,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "optpipe needs Python 3.11 or later: none was found on the PATH"; exit 3; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,openvino,dev]'
 	@touch $@
 
 lint: setup
