@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from optpipe import recipe as recipes
+from optpipe.files import write_atomically
 from optpipe.report import build, schema
-from optpipe.store import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

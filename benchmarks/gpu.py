@@ -43,7 +43,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.gpu_plan import SCALES, Case, Scale, Task, plan, to_drop
 from benchmarks.gpu_tables import SCHEMA, Record, Row, Visit, markdown
-from optpipe import environment, graph, store, timing
+from optpipe import environment, files, graph, store, timing
 from optpipe.errors import MissingError, OptpipeError, RunError, UsageError
 from optpipe.types import Plan, Target
 
@@ -254,8 +254,8 @@ class Log:
         minutes, after = self._watch.seconds / 60, eager.state(self._asked.device)
         visit = Visit(self._at, self._asked.scale_name, minutes, self._rows, left_out, self._before, after)
         self.record = replace(self.record, visits=(*self._earlier, visit))
-        store.write_atomically(self._path, store.to_json(self.record))
-        store.write_atomically(self._path.with_suffix(".md"), markdown(self.record))
+        files.write_atomically(self._path, store.to_json(self.record))
+        files.write_atomically(self._path.with_suffix(".md"), markdown(self.record))
 
 
 def measure(
@@ -308,7 +308,7 @@ def _reason(error: Exception) -> str:
 def _opened(path: Path, asked: Options) -> Record:
     """The record that is there, if it is of this machine; else a new one."""
     machine = eager.fingerprint(Target("", 1, (3, 224, 224), device=asked.device, threads=asked.threads))
-    fresh = Record(SCHEMA, asked.device, machine, environment.describe(machine), (), (), (), ())
+    fresh = Record(SCHEMA, asked.device, machine, environment.describe(machine, asked.device), (), (), (), ())
     if asked.fresh or not path.exists():
         return fresh
     try:

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from optpipe import data, deploy, models, onnx_export, plugins, precision, quality, timing
 from optpipe import recipe as recipes
 from optpipe.errors import RunError
+from optpipe.files import write_atomically
 from optpipe.precision import Converted
-from optpipe.store import from_json, write_atomically
+from optpipe.store import from_json
 from optpipe.timing import Stopwatch
 from optpipe.types import Precision, Quality, Session, Target
 
@@ -150,7 +151,7 @@ def case_of(
     )
     original = folder / f"{name}.onnx"
     onnx_export.export(model, calibration.shape, 16, original)
-    return Case(name, original, pruned, calibration, evaluation, precision.Settings())
+    return Case(name, original, pruned, calibration, evaluation, recipe.export.quantize)
 
 
 def measure(

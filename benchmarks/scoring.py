@@ -29,8 +29,8 @@ from scipy.stats import spearmanr
 
 from optpipe import data, graph, preparation, tune
 from optpipe import recipe as recipes
+from optpipe.files import write_atomically
 from optpipe.methods import practise
-from optpipe.store import write_atomically
 from optpipe.timing import Stopwatch
 from optpipe.types import Plan, Tune
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from optpipe import plugins, store, timing
 from optpipe.deploy.bundle import open_bundle
 from optpipe.errors import UsageError
-from optpipe.selection import AUTO, select
+from optpipe.selection import AUTO, FASTEST, select
 from optpipe.types import Latency, Session, Target
 
 TOLERANCE = 0.001
@@ -55,6 +55,8 @@ def bench(
         UsageError: a path is neither, or the two models take different inputs.
         MissingError: this machine cannot run the target.
     """
+    if backend == FASTEST:
+        raise UsageError(f'--backend {backend}: one engine is timed here; name a backend, or "{AUTO}"')
     source, target = _locate(model, batch, threads, backend, gpu)
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(_session(source, target))
@@ -104,10 +106,10 @@ def as_text(benched: Benched) -> str:
 
 
 def _summary(timed: Timed) -> list[str]:
-    latency = timed.latency
+    latency, machine = timed.latency, timed.latency.fingerprint
+    where = machine.device if timed.target.device == "cuda" else f"{machine.device}, {machine.threads} threads"
     return [
-        f"=== {timed.model} ({timed.target.backend}, batch {timed.target.batch}, "
-        f"{latency.fingerprint.device}, {latency.fingerprint.threads} threads) ===",
+        f"=== {timed.model} ({timed.target.backend}, batch {timed.target.batch}, {where}) ===",
         f"Throughput: {timed.throughput_qps:.2f} qps ({timed.images_per_s:.1f} images/s)",
         f"{latency.headline}: min = {latency.min_ms:.4f} ms, max = {latency.max_ms:.4f} ms, "
         f"mean = {latency.mean_ms:.4f} ms, median = {latency.median_ms:.4f} ms, "
@@ -141,8 +143,8 @@ def _session(source: Path, target: Target) -> Iterator[Session]:
     backend = plugins.backend(target.backend)
     if backend.SOURCE == "program" and source.suffix == ".onnx":
         raise UsageError(
-            f"{source}: {target.backend} builds from torch programs, not from ONNX files; name a run that was "
-            "made with it, or another backend"
+            f"{source}: {target.backend} builds from torch programs, not from ONNX files; name a run that "
+            "was made with it, or another backend"
         )
     with tempfile.TemporaryDirectory() as folder:
         session = backend.load(backend.build(source, target, Path(folder)), target)
@@ -160,7 +162,7 @@ def _locate(
         folder, manifest = open_bundle(path)
         target, entry = manifest.target, manifest.engines[0]
         source = folder / entry.source
-        if backend is not None or (gpu and target.device != "cuda"):
+        if backend not in (None, target.backend) or (gpu and target.device != "cuda"):
             # Another backend's options would mean nothing here, and all read the fp32 file.
             source = folder / "model.onnx"
             target = dataclasses.replace(target, backend=backend or AUTO, precision="fp32", options=())

@@ -85,9 +85,9 @@ def run(
     from optpipe.report import markdown
 
     setup = preparation.prepare(loaded)
-    if setup.selected.note:
-        click.echo(setup.selected.note, err=True)
     if dry_run:
+        if setup.selected.note:
+            click.echo(setup.selected.note, err=True)
         click.echo(setup.frozen, nl=False)
         click.echo(f"{recipe} is fine; it would run in {folder}", err=True)
         return
@@ -165,14 +165,14 @@ def gate(
     run: Path, *, max_accuracy_drop: float, min_latency_reduction: float, junit: Path | None, debug: bool
 ) -> None:
     """Hold a finished RUN against limits; exit code 1 when one is not met."""
-    from optpipe import store
+    from optpipe import files
     from optpipe.report import build
     from optpipe.report import gate as gates
 
     report = build.read(run)
     checks = gates.check(report, max_accuracy_drop, min_latency_reduction)
     if junit is not None:
-        store.write_atomically(junit, gates.junit(report, checks))
+        files.write_atomically(junit, gates.junit(report, checks))
     for check in checks:
         click.echo(f"{'PASSED' if check.passed else 'FAILED'} {check.name}: {check.message}")
     failed = [check.name for check in checks if not check.passed]

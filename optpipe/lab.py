@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from optpipe import building, graph, quality, store, timing, tune
+from optpipe import building, files, graph, quality, store, timing, tune
 from optpipe.types import (
     Answer,
     Ask,
@@ -124,12 +124,12 @@ class Lab:
     @property
     def engines(self) -> EngineCount:
         """Where the latencies answered so far came from; the same after a replay."""
-        records = [record for record, _ in self._engines.values()]
+        records = [record for record, origin in self._engines.values() if origin != "cached"]
         twice = next((record for record in records if record.second_build_s is not None), None)
         return EngineCount(
             candidates=self._asked,
-            structures=len(records),
-            cached=sum(origin == "cached" for _, origin in self._engines.values()),
+            structures=len(self._engines),
+            cached=len(self._engines) - len(records),
             builds_s=tuple(record.build_s for record in records),
             first_build_s=None if twice is None else twice.build_s,
             second_build_s=None if twice is None else twice.second_build_s,
@@ -268,9 +268,12 @@ class Lab:
                 )
             finally:
                 session.close()
-        with store.replacing(folder / "samples.npy") as path, path.open("wb") as file:
+        with files.replacing(folder / "samples.npy") as path, path.open("wb") as file:
             np.save(file, measured.samples_ms)
-        record = EngineRecord(measured.candidate(self._fingerprint), engine.build_s, second_build_s)
+        latency = measured.candidate(self._fingerprint)
+        for warning in latency.warnings:
+            self._emit(Event("warning", f"engine {folder.name[:12]}", warning))
+        record = EngineRecord(latency, engine.build_s, second_build_s)
         self._run.store_answer("engines", key, "latency.json", record)
         # The choice is exported anew with its recovered weights; a candidate's files have served.
         for path in folder.iterdir():
@@ -304,7 +307,7 @@ class Lab:
         """The engine, and for the first candidate what building it once more takes."""
         built = self._build(model, folder, folder.name[:12])
         again = self._bench.backend.CACHES_BUILDS and all(
-            record.second_build_s is None for record, _ in self._engines.values()
+            record.second_build_s is None or origin == "cached" for record, origin in self._engines.values()
         )
         if not again:
             return built.engine, None

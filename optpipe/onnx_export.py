@@ -7,7 +7,6 @@ import copy
 import hashlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
 from optpipe.errors import RunError
+from optpipe.files import write_atomically
 from optpipe.types import Images, Session
 
 OPSET = 20
@@ -88,7 +88,7 @@ def export(
     assert program is not None
     proto = program.model_proto
     _strip(proto)
-    _write(path, proto.SerializeToString(deterministic=True))
+    write_atomically(path, proto.SerializeToString(deterministic=True))
 
 
 def parity(
@@ -240,22 +240,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

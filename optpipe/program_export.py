@@ -7,7 +7,6 @@ import copy
 import io
 import logging
 import operator
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from optpipe.errors import RunError
+from optpipe.files import write_atomically
 
 _CONVOLUTIONS = {torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
 _TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -45,7 +45,7 @@ def export(model: nn.Module, input_shape: Sequence[int], batch: int, path: Path)
             f"torch cannot export {type(model).__name__} to a program: {_first_line(error)}; "
             "its forward must be free of branches on data"
         ) from error
-    _write(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def _fold_batch_norm(traced: fx.GraphModule) -> None:
@@ -108,22 +108,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

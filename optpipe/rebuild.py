@@ -8,7 +8,6 @@ is there; until then the old one stays whole.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import numpy as np
 
 from optpipe import building, deploy, plugins, precision, selection, timing
 from optpipe.deploy import bundle
-from optpipe.errors import MissingError, OptpipeError, RunError, UsageError
+from optpipe.errors import OptpipeError, RunError, UsageError
 from optpipe.types import Backend, Emit, Event, Latency, Precision, Session, Target
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def rebuild(
             replace(
                 manifest,
                 target=target,
-                files=bundle.files(made),
+                files=bundle.bundled_files(made),
                 engines=tuple(maker.entries),
                 built_on=maker.backend.fingerprint(target),
             ),
@@ -220,10 +219,6 @@ class _Maker:
             raise UsageError(
                 f"the bundle has no {_converted(wanted)}, and int8 needs the calibration images: run the "
                 "recipe on this machine"
-            )
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingError(
-                "fp16 is made with onnxruntime, which is not there: pip install 'optpipe[cpu]'"
             )
         made = precision.convert(fp32, self._folder / _converted(wanted), wanted, None)
         note = "made without images: whether activations overflow in fp16 was looked for on random ones only"

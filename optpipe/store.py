@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from optpipe.errors import OptpipeError, RunError, UsageError
+from optpipe.errors import OptpipeError, UsageError
+from optpipe.files import write_atomically, write_failure
 from optpipe.types import Event
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RECIPE = "recipe.toml"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
 
@@ -64,49 +64,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is either the old one or the whole new one, also after a power cut.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; on leaving it is synced and moved to ``path``, on an error removed.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise _explained(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _explained(error: OSError, path: Path) -> RunError:
-    if error.errno == errno.ENOSPC:
-        return RunError(f"{path}: the disk is full; free some space and run again: it goes on from here")
-    return RunError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 class Run:
@@ -174,7 +131,7 @@ class Run:
             with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise _explained(error, self.folder / "events.jsonl") from error
+            raise write_failure(error, self.folder / "events.jsonl") from error
 
 
 @contextlib.contextmanager
@@ -199,7 +156,7 @@ def open_run(folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None)
             _move_aside(folder)
         for temporary in folder.rglob(".*.tmp"):
             temporary.unlink(missing_ok=True)
-        recorded = folder / "recipe.toml"
+        recorded = folder / RECIPE
         if recorded.exists():
             _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
         else:
@@ -227,10 +184,10 @@ def _locked(folder: Path) -> Iterator[None]:
 def _refuse_foreign(folder: Path) -> None:
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; name a folder with --out")
-    if not folder.exists() or (folder / "recipe.toml").exists():
+    if not folder.exists() or (folder / RECIPE).exists():
         return
     # A process killed while it wrote the very first file leaves its temporary file alone in the folder.
-    if not all(path.name.startswith(".recipe.toml.") for path in folder.iterdir()):
+    if not all(path.name.startswith(f".{RECIPE}.") for path in folder.iterdir()):
         raise UsageError(f"{folder}: holds files that are no optpipe run; name another folder with --out")
 
 
@@ -239,7 +196,7 @@ def _refuse_other_recipe(folder: Path, recorded: str, wanted: str) -> None:
         there = tomllib.loads(recorded)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
-            f"{folder / 'recipe.toml'}: is not valid TOML: {error}; move the run aside with --fresh"
+            f"{folder / RECIPE}: is not valid TOML: {error}; move the run aside with --fresh"
         ) from None
     differs = _difference(there, tomllib.loads(wanted))
     if differs:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from optpipe import store
+from optpipe import files, store
 from optpipe.errors import RunError, UsageError
 from optpipe.types import Event, Plan, StepResult, Target, Tune
 
@@ -40,10 +40,10 @@ def refusal(folder: Path, recipe: str = RECIPE, *, fresh: bool = False) -> str:
 
 def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    store.write_atomically(path, "old")
+    files.write_atomically(path, "old")
 
     def fail_half_way() -> None:
-        with store.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.write_text("half of the ne", encoding="utf-8")
             raise KeyboardInterrupt
 
@@ -55,10 +55,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    store.write_atomically(path, "old")
+    files.write_atomically(path, "old")
     code = (
         "import os, sys; from pathlib import Path; from optpipe import store\n"
-        "with store.replacing(Path(sys.argv[1])) as temporary:\n"
+        "with files.replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment(), check=False)
@@ -68,18 +68,18 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
 
 def test_a_written_file_has_the_content_and_nothing_lies_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file"
-    store.write_atomically(path, "größer")
-    store.write_atomically(path, b"\x00\xff")
+    files.write_atomically(path, "größer")
+    files.write_atomically(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    store.write_atomically(path, "old")
+    files.write_atomically(path, "old")
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(RunError) as error:
-        store.write_atomically(path, "new")
+        files.write_atomically(path, "new")
     assert str(error.value) == (
         f"{path}: the disk is full; free some space and run again: it goes on from here"
     )
@@ -91,7 +91,7 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_write_beyond_the_limit_of_the_system_fails_as_a_run_does(tmp_path: Path, kind: str) -> None:
     """Where a file cannot grow, whatever is written, the failure is one line and not a traceback."""
     write = {
-        "text": "store.write_atomically(path, 'x' * 100_000)",
+        "text": "files.write_atomically(path, 'x' * 100_000)",
         "tensors": "import torch; store.save_tensors(path, {'a': torch.zeros(100_000)})",
     }[kind]
     code = (
@@ -113,7 +113,7 @@ def test_a_folder_that_is_a_file_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     path = tmp_path / "file" / "inner"
     with pytest.raises(RunError) as error:
-        store.write_atomically(path, "")
+        files.write_atomically(path, "")
     assert str(error.value).startswith(f"{path}: cannot be written: ")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from optpipe import store
+from optpipe import files, store
 from optpipe.data import Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
@@ -58,7 +58,7 @@ class BundledEngine:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a bundle comes from: the machine, the recipe (sha256 of it with all defaults), the seed."""
+    """Where a bundle comes from: the machine, the run's recipe.toml by its sha256, the seed, the images."""
 
     fingerprint: Fingerprint
     recipe_sha256: str
@@ -100,16 +100,16 @@ def write_bundle(
         The sha256 of every file in the bundle, by its name relative to the folder.
     """
     store.save_tensors(folder / "model.safetensors", model.state_dict())
-    store.write_atomically(folder / "plan.json", store.to_json(saved))
-    store.write_atomically(folder / RUNNER, (Path(__file__).parent / RUNNER).read_text(encoding="utf-8"))
+    files.write_atomically(folder / "plan.json", store.to_json(saved))
+    files.write_atomically(folder / RUNNER, (Path(__file__).parent / RUNNER).read_text(encoding="utf-8"))
     manifest = Manifest(
-        SCHEMA, target, saved.preprocess, files(folder), tuple(engines), origin, origin.fingerprint
+        SCHEMA, target, saved.preprocess, bundled_files(folder), tuple(engines), origin, origin.fingerprint
     )
     write_manifest(folder, manifest)
     return {name: file.sha256 for name, file in manifest.files.items()}
 
 
-def files(folder: Path) -> dict[str, BundledFile]:
+def bundled_files(folder: Path) -> dict[str, BundledFile]:
     """Size and sha256 of every file in a bundle but the manifest, by its name relative to the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {
@@ -121,7 +121,7 @@ def files(folder: Path) -> dict[str, BundledFile]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json; what it lists is in place by then."""
-    store.write_atomically(folder / MANIFEST, store.to_json(manifest))
+    files.write_atomically(folder / MANIFEST, store.to_json(manifest))
 
 
 def trusted_engine(folder: Path, manifest: Manifest, precision: Precision) -> Engine:

@@ -89,8 +89,10 @@ def _layer_tables(results: Results) -> tuple[Table, ...]:
 def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
     final = results.benchmark
     left_out = (f"{one.precision} is left out: {one.failed}" for one in results.export.engines if one.failed)
-    found = (*skipped(setup), *_drifted(results.ingest), *left_out, *final.original.warnings)
-    return (*found, *(warning for scored in final.results for warning in scored.latency.warnings))
+    timed = [(f"the original at {setup.target.precision}", final.original)]
+    timed += [(f"the result at {one.precision}", one.latency) for one in final.results]
+    misleading = (f"{name}: {warning}" for name, latency in timed for warning in latency.warnings)
+    return (*skipped(setup), *_drifted(results.ingest), *left_out, *misleading)
 
 
 def skipped(setup: Setup) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from optpipe import contest, environment, selection, store, timing
+from optpipe import contest, environment, files, selection, store, timing
 from optpipe.errors import UsageError
 from optpipe.pipeline.assembly import assemble, skipped
 from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
@@ -38,8 +39,9 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         if setup.selected.note:
             tell(Event("note", "backend", setup.selected.note))
         setup, held = _decide(setup, opened, tell)
-        described = environment.describe(setup.backend.fingerprint(setup.target))
-        store.write_atomically(opened.folder / "environment.json", store.to_json(described))
+        device = setup.target.device
+        described = environment.describe(setup.backend.fingerprint(setup.target), device)
+        files.write_atomically(opened.folder / "environment.json", store.to_json(described))
         for warning in skipped(setup):
             tell(Event("warning", "data", warning))
         stages = Stages(opened, tell)
@@ -52,7 +54,9 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice, tell))
         final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, exported))
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
-        report = assemble(setup, results, described, held)
+        # What is reused may have been measured elsewhere than here.
+        measured_on = environment.describe(final.original.fingerprint, device)
+        report = assemble(setup, results, measured_on, held)
         build.write(opened.folder, report)
         return report
 
@@ -62,7 +66,7 @@ def _check_inputs(setup: Setup, opened: store.Run) -> None:
     inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest)
     path = opened.folder / "inputs.json"
     if not path.exists():
-        store.write_atomically(path, store.to_json(inputs))
+        files.write_atomically(path, store.to_json(inputs))
         return
     begun = store.from_json(Inputs, path.read_bytes())
     changed = [
@@ -111,7 +115,10 @@ def _decide(setup: Setup, opened: store.Run, emit: Emit) -> tuple[Setup, contest
         return setup, None
     path = opened.folder / "contest.json"
     if path.exists():
-        held = store.from_json(contest.Contest, path.read_bytes())
+        try:
+            held = store.from_json(contest.Contest, path.read_bytes())
+        except ValueError:
+            raise UsageError(f"{path}: is of another version of optpipe; start anew with --fresh") from None
     else:
         held = contest.hold(
             setup.original,
@@ -121,7 +128,8 @@ def _decide(setup: Setup, opened: store.Run, emit: Emit) -> tuple[Setup, contest
             seed=setup.recipe.run.seed,
             emit=emit,
         )
-        store.write_atomically(path, store.to_json(held))
+        files.write_atomically(path, store.to_json(held))
+        shutil.rmtree(opened.folder / "contest", ignore_errors=True)  # what was timed has served
     chosen = tuple(bench for bench in setup.benches if bench.target.backend == held.chosen)
     if not chosen:
         raise UsageError(

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from optpipe import building, graph, onnx_export, quality, store, tune
+from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.lab import Clock, Lab, Subject, drive
 from optpipe.pipeline import engines
 from optpipe.preparation import Setup
@@ -22,7 +22,7 @@ def ingest(setup: Setup, opened: store.Run) -> Ingested:
         onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
         logits = engines.logits(session, setup.evaluation)
         latency = engines.time_alone(setup, session)
-    with store.replacing(folder / "logits.npy") as path, path.open("wb") as file:
+    with files.replacing(folder / "logits.npy") as path, path.open("wb") as file:
         np.save(file, logits)
     measured = quality.score(logits, engines.labels(setup.evaluation), logits, "evaluation")
     onnx = folder / building.ONNX

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optpipe import building, deploy, graph, onnx_export, precision, quality, store
+from optpipe import building, deploy, files, graph, onnx_export, precision, quality, store
 from optpipe.errors import OptpipeError
 from optpipe.pipeline import engines
 from optpipe.preparation import Setup
@@ -31,8 +31,10 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
     candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
     deploy.load_weights(candidate, opened.stage_folder("recover") / "weights.safetensors")
     shape, batch = setup.target.input_shape, setup.target.batch
-    onnx_export.export(candidate, shape, batch, folder / building.ONNX)
     exported = building.export(candidate, setup.bench, folder)
+    onnx = folder / building.ONNX
+    if not onnx.exists():
+        onnx_export.export(candidate, shape, batch, onnx)
     shipped: list[Shipped] = []
     for wanted in setup.precisions:
         bench = setup.bench.at(wanted)
@@ -53,7 +55,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
     )
     origin = deploy.Origin(
         fingerprint=setup.backend.fingerprint(setup.target),
-        recipe_sha256=store.digest(setup.frozen),
+        recipe_sha256=store.file_sha256(opened.folder / store.RECIPE),
         seed=setup.recipe.run.seed,
         calibration_images=setup.calibration.names,
     )
@@ -70,7 +72,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         if not one.failed
     ]
     sha256 = deploy.write_bundle(folder, candidate, saved, setup.target, origin, bundled)
-    return Exported(tuple(shipped), (folder / building.ONNX).stat().st_size, sha256, 0.0)
+    return Exported(tuple(shipped), onnx.stat().st_size, sha256, 0.0)
 
 
 def _ship(
@@ -116,7 +118,7 @@ def benchmark(setup: Setup, opened: store.Run, exported: Exported) -> Benchmarke
                 logits = engines.logits(result, setup.evaluation)
             name = "samples.npy" if first is None else f"samples-{one.precision}.npy"
             path = opened.stage_folder("benchmark") / name
-            with store.replacing(path) as temporary, temporary.open("wb") as file:
+            with files.replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, measured.samples_ms)
             first = first or measured.baseline(fingerprint)
             scored.append(

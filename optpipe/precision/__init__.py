@@ -5,11 +5,12 @@ Importing this is light; ONNX and ONNX Runtime come in when a file is converted.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optpipe.errors import UsageError
+from optpipe.errors import MissingError, UsageError
 from optpipe.precision.outcome import (
     Converted,
     LayerError,
@@ -62,6 +63,7 @@ def convert(
 
     Raises:
         UsageError: int8 without images, or settings out of range.
+        MissingError: onnxruntime, which converts and judges, is not installed.
         RunError: the file cannot be read, converted or written.
     """
     check(settings)
@@ -69,6 +71,10 @@ def convert(
         return Converted(source, precision)
     if precision == "int8" and (images is None or not len(images)):
         raise UsageError("int8 needs calibration images: give [data] calibration at least one")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingError(
+            f"{precision} files are made with onnxruntime, which is not there: pip install 'optpipe[cpu]'"
+        )
     from optpipe.precision import network
 
     graph = network.read(source)
@@ -87,8 +93,8 @@ def _fp16(
     structure_only: bool,
     emit: Emit | None,
 ) -> Converted:
+    from optpipe.files import write_atomically
     from optpipe.precision import fp16, int8, network
-    from optpipe.store import write_atomically
 
     note = _notes(emit, "fp16")
     peaks: dict[str, float] = {}
@@ -115,8 +121,8 @@ def _int8(
     structure_only: bool,
     note: Callable[[str], None],
 ) -> Converted:
+    from optpipe.files import write_atomically
     from optpipe.precision import fp16, int8, network, placement
-    from optpipe.store import write_atomically
 
     smallest_scale = placement.SMALLEST_FP16_SCALE if rest == "fp16" else 0.0
     judge, error = None, None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from optpipe import store
+from optpipe import files, store
 from optpipe.errors import UsageError
 from optpipe.report import markdown, schema
 from optpipe.types import Budget, Latency, Plan
@@ -42,14 +42,18 @@ def with_advice(precisions: tuple[schema.PrecisionReport, ...]) -> tuple[schema.
     ordered = sorted(precisions, key=lambda one: width.index(one.precision))
     advised: list[schema.PrecisionReport] = []
     for one in precisions:
-        wider = ordered[: ordered.index(one)]
-        notes = [
-            f"slower than {other.precision}: deploy {other.precision} here"
-            for other in wider
-            if _is_slower(one.latency, other.latency)
-        ]
-        advised.append(dataclasses.replace(one, notes=(*one.notes, *notes[-1:])))
+        wider = [other for other in ordered[: ordered.index(one)] if _is_slower(one.latency, other.latency)]
+        if wider:
+            best = min(wider, key=_ratio).precision
+            names = " and ".join(other.precision for other in wider)
+            one = dataclasses.replace(one, notes=(*one.notes, f"slower than {names}: deploy {best} here"))
+        advised.append(one)
     return tuple(advised)
+
+
+def _ratio(one: schema.PrecisionReport) -> float:
+    assert one.latency is not None and one.latency.ratio_to_original is not None
+    return one.latency.ratio_to_original
 
 
 def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
@@ -60,8 +64,8 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 
 def write(folder: Path, report: schema.Report) -> None:
     """Write report.json and report.md."""
-    store.write_atomically(folder / "report.json", store.to_json(report))
-    store.write_atomically(folder / "report.md", markdown.render(report))
+    files.write_atomically(folder / "report.json", store.to_json(report))
+    files.write_atomically(folder / "report.md", markdown.render(report))
 
 
 def read(run: Path) -> schema.Report:
