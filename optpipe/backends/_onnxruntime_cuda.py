@@ -20,6 +20,7 @@ import importlib.util
 import io
 import re
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +65,20 @@ def missing_cuda() -> str | None:
     """Why ONNX Runtime cannot use a GPU here and how to mend it; None if it can."""
     if importlib.util.find_spec("onnxruntime") is None:
         return f"the package onnxruntime-gpu is not installed: {_cuda.INSTALL}"
+    said = _preload()
     import onnxruntime
 
-    if _PROVIDER not in onnxruntime.get_available_providers():
-        installed = " and ".join(name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name))
-        return (
-            f"the installed {installed or 'onnxruntime'} {onnxruntime.__version__} has no CUDA provider; the "
-            "packages onnxruntime and onnxruntime-gpu hide each other: "
-            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {_cuda.INSTALL}"
-        )
-    return _cuda.device_problem() or _missing_libraries()
+    if _PROVIDER in onnxruntime.get_available_providers():
+        return _cuda.device_problem() or _missing_libraries(said)
+    if refused := re.search(r"Failed to register bundled CUDA.*", said):
+        reason = " ".join(refused[0].split())
+        return _cuda.device_problem() or _missing_libraries(said) or f"{reason}: {_cuda.INSTALL}"
+    installed = " and ".join(name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name))
+    return (
+        f"the installed {installed or 'onnxruntime'} {onnxruntime.__version__} has no CUDA provider; the "
+        "packages onnxruntime and onnxruntime-gpu hide each other: "
+        f"pip uninstall -y onnxruntime onnxruntime-gpu, then {_cuda.INSTALL}"
+    )
 
 
 def fingerprint_cuda() -> Fingerprint:
@@ -326,11 +331,12 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _missing_libraries() -> str | None:
+def _missing_libraries(said: str) -> str | None:
     """The CUDA libraries that ONNX Runtime needs and cannot find; without them it takes the CPU instead."""
     import onnxruntime
 
-    absent = sorted(set(re.findall(r"Failed to load ([^\s:]+):", _preload())))
+    # A name with a folder is one place of several where it was looked for.
+    absent = sorted(set(re.findall(r"Failed to load ([^\s:/]+):", said)))
     if not absent:
         return None
     cuda = getattr(onnxruntime, "cuda_version", "")
@@ -341,10 +347,16 @@ def _missing_libraries() -> str | None:
 
 
 def _preload() -> str:
-    """Load CUDA's libraries from the packages that pip installs; returns what ONNX Runtime says of it."""
-    import onnxruntime
+    """Load CUDA's libraries from the packages that pip installs; returns what ONNX Runtime says of it.
 
+    Releases whose CUDA provider is a plug-in have it only after this, unless the libraries were there when
+    onnxruntime was imported; what they then warn of is mended here, or is in what is returned.
+    """
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import onnxruntime
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         onnxruntime.preload_dlls()
-    return said.getvalue()
+    return "\n".join([said.getvalue(), *(str(warning.message) for warning in warned)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -349,6 +350,35 @@ def test_cudas_missing_libraries_are_named(
         f"pip install 'onnxruntime-gpu[cuda,cudnn]=={version}'"
     )
     assert capsys.readouterr().out == ""
+
+
+def test_a_library_that_is_found_at_its_second_place_is_not_missing(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preload() -> None:
+        print("Failed to load /site-packages/nvidia/libcublas.so.13: libcublasLt.so.13: cannot open")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload)
+    assert backend.missing(TARGET) is None
+
+
+def test_a_provider_that_is_a_plug_in_is_there_once_the_libraries_are_loaded(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen.providers = ("CPUExecutionProvider",)
+
+    def preload() -> None:
+        seen.providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload)
+    assert backend.missing(TARGET) is None
+
+
+def test_why_a_plug_in_cannot_be_loaded_reaches_the_user(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen.providers = ("CPUExecutionProvider",)
+    reason = "Failed to register bundled CUDA plugin EP from libonnxruntime_providers_cuda.so: no symbol"
+    monkeypatch.setattr(ort, "preload_dlls", lambda: warnings.warn(reason, stacklevel=1))
+    assert backend.missing(TARGET) == f"{reason}: pip install 'optpipe[nvidia]'"
 
 
 def test_a_machine_without_a_gpu_says_so(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
