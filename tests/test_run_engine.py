@@ -74,8 +74,10 @@ def pixels(bundle: Path) -> NDArray[np.uint8]:
     return found
 
 
-def run(bundle: Path, *arguments: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    code = ALONE.format(absent=("torch", "optpipe", *absent))
+def run(
+    bundle: Path, *arguments: str, absent: tuple[str, ...] = (), before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    code = before + ALONE.format(absent=("torch", "optpipe", *absent))
     return subprocess.run(
         [sys.executable, "-c", code, "run_engine.py", *arguments],
         capture_output=True,
@@ -284,6 +286,46 @@ def test_openvino_runs_the_same_bundle(bundle: Path, pixels: NDArray[np.uint8]) 
     assert done.returncode == 0, done.stderr
     found = [image["classes"][0] for image in json.loads(done.stdout)["images"]]
     assert found == expected(bundle, pixels).argmax(axis=1).tolist()
+
+
+ON_A_GPU = """
+import onnxruntime
+
+class Options(onnxruntime.SessionOptions):
+    def add_session_config_entry(self, key, value):
+        assert key != "session.disable_cpu_ep_fallback" or value == "1"
+        self.on_gpu_only = getattr(self, "on_gpu_only", False) or key == "session.disable_cpu_ep_fallback"
+        if key != "session.disable_cpu_ep_fallback":  # here the CPU computes
+            super().add_session_config_entry(key, value)
+
+class Session(onnxruntime.InferenceSession):
+    def __init__(self, content, options, providers):
+        assert loaded and options.on_gpu_only
+        assert providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+        super().__init__(content, options, providers=["CPUExecutionProvider"])
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+loaded = []
+def preload_dlls():
+    print("a library was not found")
+    loaded.append(True)
+
+onnxruntime.InferenceSession, onnxruntime.SessionOptions = Session, Options
+onnxruntime.preload_dlls = preload_dlls
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider"] if loaded else []
+"""
+
+
+def test_on_a_gpu_onnxruntime_gets_cudas_libraries_and_may_not_use_the_cpu(
+    bundle: Path, pixels: NDArray[np.uint8]
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    write_manifest(bundle, target={**manifest["target"], "device": "cuda"})
+    done = run(bundle, "images.npy", "--json", "--duration", "0", before=ON_A_GPU)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["images"]) == len(pixels)
+    assert "a library was not found" in done.stderr
 
 
 def test_the_source_is_read_by_python_3_8() -> None:

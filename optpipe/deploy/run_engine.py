@@ -15,6 +15,7 @@ engine cannot be run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -196,6 +197,9 @@ class HostRunner:
 def _onnxruntime(engine: Engine) -> HostRunner:
     runtime = package("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu for an NVIDIA GPU")
     gpu = engine.target["device"] == "cuda"
+    if gpu and hasattr(runtime, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # what it says is no result
+            runtime.preload_dlls()  # from pip's packages, where the provider itself does not look
     provider = "CUDAExecutionProvider" if gpu else "CPUExecutionProvider"
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = engine.threads, 1
@@ -203,6 +207,8 @@ def _onnxruntime(engine: Engine) -> HostRunner:
     options.add_free_dimension_override_by_name("batch", engine.shape[0])
     options.log_severity_level = 4  # what goes wrong arrives as an exception
     settings = {"use_tf32": "0"} if gpu else {}
+    if gpu:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider not in runtime.get_available_providers():
         raise RunnerError(3, f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
     session = runtime.InferenceSession(engine.content, options, providers=[(provider, settings)])
@@ -230,6 +236,7 @@ def _inductor(engine: Engine) -> HostRunner:
     torch = package("torch", "an inductor package runs in torch and in nothing else: pip install torch")
     torch.set_num_threads(engine.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # as when optpipe timed it
     with tempfile.TemporaryDirectory(prefix="run-engine-") as folder:
         copy = Path(folder) / "engine.pt2"  # of the bytes that were checked
         copy.write_bytes(engine.content)
