@@ -136,5 +136,5 @@ def test_a_network_that_cannot_be_exported_is_named(model: nn.Module, tmp_path: 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*file/model\.pt2"):
+    with pytest.raises(RunError, match=r"file/model\.pt2: cannot be written"):
         export(network(), SHAPE, 2, tmp_path / "file" / "model.pt2")

@@ -57,7 +57,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> N
     path = tmp_path / "result.json"
     files.write_atomically(path, "old")
     code = (
-        "import os, sys; from pathlib import Path; from optpipe import store\n"
+        "import os, sys; from pathlib import Path; from optpipe import files\n"
         "with files.replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); os.kill(os.getpid(), 9)\n"
     )
@@ -95,7 +95,7 @@ def test_a_write_beyond_the_limit_of_the_system_fails_as_a_run_does(tmp_path: Pa
         "tensors": "import torch; store.save_tensors(path, {'a': torch.zeros(100_000)})",
     }[kind]
     code = (
-        "import resource, signal, sys; from pathlib import Path; from optpipe import errors, store\n"
+        "import resource, signal, sys; from pathlib import Path; from optpipe import errors, files\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); path = Path(sys.argv[1])\n"
         f"try:\n    {write}\n"
