@@ -95,7 +95,7 @@ def test_a_write_beyond_the_limit_of_the_system_fails_as_a_run_does(tmp_path: Pa
         "tensors": "import torch; store.save_tensors(path, {'a': torch.zeros(100_000)})",
     }[kind]
     code = (
-        "import resource, signal, sys; from pathlib import Path; from optpipe import errors, files\n"
+        "import resource, signal, sys; from pathlib import Path; from optpipe import errors, files, store\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); path = Path(sys.argv[1])\n"
         f"try:\n    {write}\n"
