@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import make_latency, make_report
 from optpipe import store
 from optpipe.errors import UsageError
 from optpipe.report import build, markdown, schema
-from optpipe.types import Budget, Plan
+from optpipe.types import Budget, DeviceState, EngineCount, Latency, Plan, Precision
 
 # ---------------------------------------------------------------- report.json
 
@@ -222,3 +223,128 @@ def test_warnings_and_a_missed_budget_stand_at_the_top() -> None:
     head = markdown.render(make_report(met=False, warnings=("3 images were skipped",))).splitlines()[:5]
     assert head[2] == "Budget **not met**: latency -25.0%."
     assert head[3] == "Warning: 3 images were skipped."
+
+
+# ---------------------------------------------------------------- precisions and engines
+
+
+def at(precision: Precision, latency: Latency | None) -> schema.PrecisionReport:
+    """The result at a precision, as good as the report's."""
+    result = make_report().result
+    return schema.PrecisionReport(precision, latency, result.quality, result.agreement, 800, 900, 1.0, 0.01)
+
+
+def timed(ratio: float) -> Latency:
+    return make_latency(8 * ratio, ratio, (ratio - 0.01, ratio + 0.01))
+
+
+def table_rows(text: str, title: str) -> list[list[str]]:
+    """The cells of a table below its title, the head first."""
+    lines = text.split(f"## {title}")[1].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in [lines[0], *lines[2:]]]
+
+
+def test_what_pruning_and_int8_save_stands_in_one_table(report: schema.Report) -> None:
+    precisions = (at("fp32", timed(0.75)), at("int8", timed(0.3)))
+    rows = table_rows(markdown.render(replace(report, precisions=precisions)), "Precisions")
+    assert rows[0] == [
+        "network",
+        "top1 (423 images)",
+        "agreement with the original",
+        "Latency, median ms",
+        "against the original",
+        "engine bytes",
+        "notes",
+    ]
+    assert [row[0] for row in rows[1:]] == ["original, fp32", "result, fp32", "result, int8"]
+    assert [row[3] for row in rows[1:]] == ["8.000", "6.000", "2.400"]
+    assert [row[4] for row in rows[1:]] == ["", "-25.0% (-26.0% to -24.0%)", "-70.0% (-71.0% to -69.0%)"]
+
+
+def test_a_gpus_other_figures_stand_beside_its_compute_time_by_trtexecs_names(report: schema.Report) -> None:
+    cool, hot = DeviceState(1980, 3201, 45), DeviceState(1200, 3201, 88, throttle=("thermal",))
+
+    def on_gpu(latency: Latency) -> Latency:
+        return replace(
+            latency,
+            headline="GPU Compute Time",
+            enqueue_ms=0.1,
+            h2d_ms=0.5,
+            d2h_ms=0.25,
+            end_to_end_ms=8.75,
+            before=cool,
+            after=hot,
+            notes=("CUDA graph",),
+        )
+
+    original = replace(report.original, latency=on_gpu(report.original.latency))
+    fp16 = at("fp16", on_gpu(timed(0.4)))
+    text = markdown.render(replace(report, original=original, precisions=(fp16,)))
+    head, first, result = table_rows(text, "Precisions")
+    assert head[3:9] == [
+        "GPU Compute Time, median ms",
+        "against the original",
+        "Enqueue Time, median ms",
+        "H2D Latency, median ms",
+        "D2H Latency, median ms",
+        "Latency, median ms",
+    ]
+    assert first[5:9] == result[5:9] == ["0.1", "0.5", "0.25", "8.75"]
+    assert first[-1] == result[-1] == "CUDA graph"
+    assert (
+        "- GPU before and after timing the result, fp16: SM 1980 MHz, memory 3201 MHz, 45 C; SM 1200 MHz, "
+        "memory 3201 MHz, 88 C, throttled: thermal."
+    ) in text.splitlines()
+
+
+def test_a_reason_of_many_lines_stays_in_its_row(report: schema.Report) -> None:
+    reason = "the builder failed:\n  Error Code 10 | no kernel\n\nraise the workspace"
+    failed = replace(at("fp16", None), quality=None, agreement=None, failed=reason)
+    text = markdown.render(
+        replace(report, precisions=(at("fp32", timed(0.75)), failed), warnings=(f"fp16: {reason}",))
+    )
+    row = next(line for line in text.splitlines() if line.startswith("| result, fp16"))
+    assert row.endswith("none: the builder failed: Error Code 10 \\| no kernel raise the workspace |")
+    head = next(line for line in text.splitlines() if line.startswith("| network"))
+    assert row.replace("\\|", "").count("|") == head.count("|")
+    assert "Warning: fp16: the builder failed: Error Code 10 | no kernel raise the workspace." in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "notes"),
+    [
+        ((1.0, 0.5, 0.6), ("", "", "slower than fp16: deploy fp16 here")),
+        ((0.5, 1.0, 0.8), ("", "slower than fp32: deploy fp32 here", "slower than fp32: deploy fp32 here")),
+        (
+            (0.5, 0.6, 0.8),
+            ("", "slower than fp32: deploy fp32 here", "slower than fp32 and fp16: deploy fp32 here"),
+        ),
+        ((1.0, 0.5, 0.51), ("", "", "")),
+    ],
+)
+def test_a_precision_that_is_slower_than_wider_ones_names_the_one_to_deploy(
+    ratios: tuple[float, float, float], notes: tuple[str, str, str]
+) -> None:
+    names: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    found = build.with_advice(
+        tuple(at(name, timed(ratio)) for name, ratio in zip(names, ratios, strict=True))
+    )
+    assert tuple("".join(one.notes) for one in found) == notes
+
+
+def test_the_engines_say_what_was_built_here_and_what_a_cache_saves(report: schema.Report) -> None:
+    count = EngineCount(10, 4, 1, (2.0, 1.0, 1.5), 2.0, 0.5)
+    text = markdown.render(replace(report, engines=count))
+    assert (
+        "**Engines.** 10 latencies were asked for; 7 of them (70%) were answered without a build: 6 by an "
+        "engine of equal structure, 1 from other runs. Building took 4.5 s for 3 engines. One candidate's "
+        "first build took 2.00 s, its second with a warm cache 0.50 s (-75%)."
+    ) in text.splitlines()
+
+
+def test_a_run_that_built_nothing_says_nothing_of_its_backends_cache(report: schema.Report) -> None:
+    nothing = markdown.render(replace(report, engines=EngineCount(3, 2, 2, (), None, None)))
+    assert "3 of them (100%) were answered without a build" in nothing
+    assert "no cache" not in nothing
+    built = markdown.render(replace(report, engines=EngineCount(3, 2, 0, (1.0, 1.0), None, None)))
+    assert "This backend keeps no cache of builds." in built

@@ -34,7 +34,7 @@ def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> sch
 
 
 def with_advice(precisions: tuple[schema.PrecisionReport, ...]) -> tuple[schema.PrecisionReport, ...]:
-    """The same with a note on each precision that is slower than a wider one, which is then the better.
+    """The same with a note on each precision that is slower than wider ones, which are then the better.
 
     Slower means that the 95% intervals of the two ratios to the original are apart.
     """
@@ -42,12 +42,10 @@ def with_advice(precisions: tuple[schema.PrecisionReport, ...]) -> tuple[schema.
     ordered = sorted(precisions, key=lambda one: width.index(one.precision))
     advised: list[schema.PrecisionReport] = []
     for one in precisions:
-        wider = [other for other in ordered[: ordered.index(one)] if _is_slower(one.latency, other.latency)]
-        if wider:
-            best = min(wider, key=_ratio).precision
-            names = " and ".join(other.precision for other in wider)
-            one = dataclasses.replace(one, notes=(*one.notes, f"slower than {names}: deploy {best} here"))
-        advised.append(one)
+        faster = [other for other in ordered[: ordered.index(one)] if _is_slower(one.latency, other.latency)]
+        names = " and ".join(other.precision for other in faster)
+        notes = [f"slower than {names}: deploy {min(faster, key=_ratio).precision} here"] if faster else []
+        advised.append(dataclasses.replace(one, notes=(*one.notes, *notes)))
     return tuple(advised)
 
 

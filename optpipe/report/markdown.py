@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from optpipe.report.schema import NetworkReport, Report
-from optpipe.types import Cell, Latency, Quality, Table
+from optpipe.report.schema import NetworkReport, PrecisionReport, Report
+from optpipe.types import Cell, DeviceState, Latency, Quality, Table
+
+_BESIDE = ("Enqueue Time", "H2D Latency", "D2H Latency", "Latency")
+"""What stands beside a GPU's compute time where it was measured, by trtexec's names."""
 
 
 def render(report: Report) -> str:
@@ -60,7 +63,7 @@ def summary(report: Report, folder: str) -> list[str]:
 def _verdict(report: Report) -> str:
     mark = "met" if report.budget.met else "**not met**"
     lines = [f"Budget {mark}: {report.budget.verdict}.", *[f"Note: {note}." for note in report.notes]]
-    lines += [f"Warning: {warning}." for warning in report.warnings]
+    lines += [f"Warning: {_one_line(warning)}." for warning in report.warnings]
     return "\n".join(lines)
 
 
@@ -101,61 +104,58 @@ def _precisions(report: Report) -> str:
     if not report.precisions:
         return ""
     original = report.original
-    rows: list[tuple[Cell, ...]] = [
-        (
-            f"original, {report.target.precision}",
-            _quality(original.quality),
-            None,
-            f"{original.latency.median_ms:.3f}",
-            None,
-            *_transfers(original.latency),
-            None,
-            None,
-        )
-    ]
-    for one in report.precisions:
-        name = f"result, {one.precision}"
-        if one.latency is None or one.quality is None or one.agreement is None:
-            rows.append((name, *[None] * 8, f"none: {one.failed}"))
-            continue
-        notes = [*one.notes, *one.latency.notes]
-        if one.kept_in_float:
-            notes.append(f"{len(one.kept_in_float)} nodes kept in float: {', '.join(one.kept_in_float)}")
-        rows.append(
-            (
-                name,
-                _quality(one.quality),
-                f"{one.agreement.value:.2%}",
-                f"{one.latency.median_ms:.3f}",
-                _change(one.latency),
-                *_transfers(one.latency),
-                f"{one.engine_bytes:,}",
-                "; ".join(notes),
-            )
-        )
-    headline = original.latency.headline
-    return _table(
-        Table(
-            "Precisions: each on its own engine, timed in turn with the original",
-            (
-                "network",
-                f"{original.quality.metric} ({original.quality.count} images)",
-                "agreement with the original",
-                f"{headline}, median ms",
-                "against the original",
-                "enqueue ms",
-                "H2D ms",
-                "D2H ms",
-                "engine bytes",
-                "notes",
-            ),
-            tuple(rows),
-        )
+    first: tuple[Cell, ...] = (
+        f"original, {report.target.precision}",
+        _quality(original.quality),
+        None,
+        f"{original.latency.median_ms:.3f}",
+        None,
+        *_beside(original.latency),
+        None,
+        "; ".join(original.latency.notes),
+    )
+    columns = (
+        "network",
+        f"{original.quality.metric} ({original.quality.count} images)",
+        "agreement with the original",
+        f"{original.latency.headline}, median ms",
+        "against the original",
+        *[f"{name}, median ms" for name in _BESIDE],
+        "engine bytes",
+        "notes",
+    )
+    title = "Precisions: each on its own engine, timed in turn with the original"
+    rows = (first, *[_precision(one) for one in report.precisions])
+    return _table(_without_empty_columns(Table(title, columns, rows)))
+
+
+def _precision(one: PrecisionReport) -> tuple[Cell, ...]:
+    name = f"result, {one.precision}"
+    if one.latency is None or one.quality is None or one.agreement is None:
+        return (name, *[None] * (5 + len(_BESIDE)), f"none: {one.failed}")
+    notes = [*one.notes, *one.latency.notes]
+    if one.kept_in_float:
+        notes.append(f"{len(one.kept_in_float)} nodes kept in float: {', '.join(one.kept_in_float)}")
+    return (
+        name,
+        _quality(one.quality),
+        f"{one.agreement.value:.2%}",
+        f"{one.latency.median_ms:.3f}",
+        _change(one.latency),
+        *_beside(one.latency),
+        f"{one.engine_bytes:,}",
+        "; ".join(notes),
     )
 
 
-def _transfers(latency: Latency) -> tuple[Cell, ...]:
-    return latency.enqueue_ms, latency.h2d_ms, latency.d2h_ms
+def _beside(latency: Latency) -> tuple[Cell, ...]:
+    return latency.enqueue_ms, latency.h2d_ms, latency.d2h_ms, latency.end_to_end_ms
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [index for index in range(len(table.columns)) if any(row[index] is not None for row in table.rows)]
+    rows = tuple(tuple(row[index] for index in kept) for row in table.rows)
+    return Table(table.title, tuple(table.columns[index] for index in kept), rows)
 
 
 def _engines(report: Report) -> str:
@@ -169,14 +169,14 @@ def _engines(report: Report) -> str:
         f"**Engines.** {count.candidates} latencies were asked for; {saved} of them "
         f"({saved / count.candidates:.0%}) were answered without a build: {shared} by an engine of equal "
         f"structure, {count.cached} from other runs. Building took {sum(count.builds_s):.1f} s for "
-        f"{count.structures} engines.",
+        f"{len(count.builds_s)} engines.",
     ]
     if count.first_build_s is not None and count.second_build_s is not None:
         lines.append(
             f"One candidate's first build took {count.first_build_s:.2f} s, its second with a warm cache "
             f"{count.second_build_s:.2f} s ({count.second_build_s / count.first_build_s - 1:+.0%})."
         )
-    else:
+    elif count.builds_s:
         lines.append("This backend keeps no cache of builds.")
     return " ".join(lines)
 
@@ -216,7 +216,7 @@ def _table(table: Table) -> str:
     lines = [
         f"## {table.title}",
         "",
-        f"| {' | '.join(table.columns)} |",
+        f"| {' | '.join(_cell(column) for column in table.columns)} |",
         f"|{'|'.join(' --- ' for _ in table.columns)}|",
         *[f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows],
     ]
@@ -230,7 +230,12 @@ def _cell(cell: Cell) -> str:
         return "yes" if cell else "no"
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    return str(cell).replace("|", "\\|")
+    return _one_line(str(cell)).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    """What an engine's own words must be, so as not to end a row or a paragraph."""
+    return " ".join(text.split())
 
 
 def _conditions(report: Report) -> str:
@@ -242,6 +247,7 @@ def _conditions(report: Report) -> str:
             "## Conditions",
             "",
             f"- Executed on {report.environment.executed_on}; {report.environment.platform}.",
+            *_clocks(report),
             f"- Target: {report.target.backend}, {report.target.precision}, batch {report.target.batch}, "
             f"input {report.target.input_shape}.",
             f"- Calibration: {data.calibration_count} images; evaluation: {data.evaluation_count} others.",
@@ -250,6 +256,24 @@ def _conditions(report: Report) -> str:
             f"- optpipe {report.environment.optpipe}, Python {report.environment.python}; {versions}.",
         ]
     )
+
+
+def _clocks(report: Report) -> list[str]:
+    """The GPU's state around each timing, a line each; nothing where none was read."""
+    timed = [("original", report.original.latency)]
+    timed += [(f"result, {one.precision}", one.latency) for one in report.precisions if one.latency]
+    return [
+        f"- GPU before and after timing the {name}: {_state(latency.before)}; {_state(latency.after)}."
+        for name, latency in timed
+        if latency.before is not None or latency.after is not None
+    ]
+
+
+def _state(state: DeviceState | None) -> str:
+    if state is None:
+        return "not read"
+    held = f", throttled: {', '.join(state.throttle)}" if state.throttle else ""
+    return f"SM {state.sm_clock_mhz} MHz, memory {state.memory_clock_mhz} MHz, {state.temperature_c} C{held}"
 
 
 def _hashes(report: Report) -> str:
