@@ -48,14 +48,16 @@ def select(target: Target) -> Selected:
 
 def _first(target: Target) -> Selected:
     absent: list[tuple[str, str]] = []
-    for name in ORDER[target.device]:
-        lacking = _lacking(name, target)
+    order = ORDER[target.device]
+    for name in order:
+        # Where there is only one, its own words on what it does not run are the better ones.
+        lacking = (len(order) > 1 and _not_offered(name, target)) or _lacking(name, target)
         if lacking is None:
             skipped = "; ".join(f"{other} does not: {why}" for other, why in absent)
             why = f"{name} builds the engines on {target.device}: " + (
                 f"it loads, {skipped}" if skipped else "the first choice, and it loads"
             )
-            return Selected((name,), why if len(ORDER[target.device]) > 1 else "", tuple(absent))
+            return Selected((name,), why if len(order) > 1 else "", tuple(absent))
         absent.append((name, lacking))
     if len(absent) == 1:
         raise MissingError(absent[0][1])
@@ -71,13 +73,7 @@ def _all(target: Target) -> Selected:
     names: list[str] = []
     absent: list[tuple[str, str]] = []
     for name in plugins.names("backends"):
-        offered = plugins.backend(name).precisions(target.device)
-        if target.precision not in offered:
-            runs = f"runs {', '.join(offered)} on" if offered else "does not run on"
-            wanted = f", not {target.precision}" if offered else ""
-            absent.append((name, f"{runs} {target.device}{wanted}"))
-            continue
-        lacking = _lacking(name, target)
+        lacking = _not_offered(name, target) or _lacking(name, target)
         if lacking is None:
             names.append(name)
         else:
@@ -86,6 +82,16 @@ def _all(target: Target) -> Selected:
         reasons = "; ".join(f"{name}: {why}" for name, why in absent)
         raise MissingError(f"no backend loads on {target.device} at {target.precision}: {reasons}")
     return Selected(tuple(names), f"the fastest of {', '.join(names)} is sought", tuple(absent))
+
+
+def _not_offered(name: str, target: Target) -> str | None:
+    """That a backend runs the target's precision or device on no machine; None if it does."""
+    offered = plugins.backend(name).precisions(target.device)
+    if target.precision in offered:
+        return None
+    runs = f"runs {', '.join(offered)} on" if offered else "does not run on"
+    wanted = f", not {target.precision}" if offered else ""
+    return f"{runs} {target.device}{wanted}"
 
 
 def _lacking(name: str, target: Target) -> str | None:

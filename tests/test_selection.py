@@ -16,7 +16,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The backends that load on the pretended machine; a test adds to it."""
     found: set[str] = set()
     offered: dict[str, dict[str, tuple[Precision, ...]]] = {
-        "inductor": {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16")},
+        "inductor": {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")},
         "onnxruntime": {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")},
         "openvino": {"cpu": ("fp32", "bf16", "int8")},
         "tensorrt": {"cuda": ("fp32", "fp16", "int8")},
@@ -57,6 +57,16 @@ def test_on_a_gpu_auto_says_why_it_passes_over_a_backend(loads: set[str]) -> Non
         "inductor builds the engines on cuda: it loads, tensorrt does not: no libnvinfer: pip install it; "
         "onnxruntime does not: no onnxruntime"
     )
+
+
+def test_auto_passes_over_a_backend_that_does_not_run_the_precision(loads: set[str]) -> None:
+    loads |= {"inductor", "onnxruntime", "tensorrt"}
+    found = selection.select(target("auto", "cuda", "bf16"))
+    assert found.names == ("inductor",)
+    assert "tensorrt does not: runs fp32, fp16, int8 on cuda, not bf16; onnxruntime does not" in found.note
+    loads.remove("tensorrt")
+    with pytest.raises(MissingError, match=r"tensorrt: no libnvinfer: pip install it; onnxruntime: runs"):
+        selection.select(target("auto", "cuda", "int8"))
 
 
 def test_where_nothing_loads_every_reason_is_named(loads: set[str]) -> None:
