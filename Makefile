@@ -4,7 +4,7 @@ PYTHON := $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow setup lint unit clean
+.PHONY: demo test test-slow test-gpu setup lint unit clean
 
 demo: setup
 	$(VENV)/bin/optpipe run recipes/practise.toml
@@ -29,6 +29,10 @@ unit: setup
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+# On a machine with an NVIDIA GPU. What needs more than `setup` installs (the extra [nvidia]) is skipped, and says so.
+test-gpu: setup
+	$(VENV)/bin/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
