@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optpipe import building, timing
-from optpipe.errors import RunError
+from optpipe.errors import OptpipeError, RunError
 from optpipe.types import Emit, Event, Latency, Session, Table
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def hold(
             try:
                 runners[name] = _enter(original, bench, folder / name)
                 emit(Event("note", name, "built", seconds=runners[name].build_s))
-            except RunError as error:
+            except OptpipeError as error:
                 entries[name] = Entry(name, None, None, None, str(error))
                 emit(Event("warning", name, f"is out: {error}"))
         if not runners:
@@ -82,6 +82,8 @@ def hold(
             for name, runner in runners.items():
                 latency = _time(runners[reference], runner, budget_s, seed)
                 entries[name] = Entry(name, latency, runner.parity, runner.build_s)
+                for warning in latency.warnings:
+                    emit(Event("warning", name, warning))
     finally:
         for runner in runners.values():
             runner.session.close()
@@ -115,12 +117,15 @@ def _enter(original: fx.GraphModule, bench: building.Workbench, folder: Path) ->
     exported = building.export(original, bench, folder)
     built = building.build(exported, bench, folder)
     session = bench.backend.load(built.engine, bench.target)
-    found = building.parity(original, session, bench)
-    if not found.passed:
+    try:
+        found = building.parity(original, session, bench)
+        if not found.passed:
+            raise RunError(
+                f"differs from torch by {found.max_rel:.3g} of the largest logit, allowed is {found.rtol:g}"
+            )
+    except OptpipeError:
         session.close()
-        raise RunError(
-            f"differs from torch by {found.max_rel:.3g} of the largest logit, allowed is {found.rtol:g}"
-        )
+        raise
     return _Runner(bench, session, found.max_rel, built.engine.build_s)
 
 

@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from optpipe import building, contest, graph, precision
 from optpipe.data import ImageSet
-from optpipe.errors import RunError
-from optpipe.types import Backend, Engine, Event, Fingerprint, Precision, Sample, Target
+from optpipe.errors import MissingError, RunError
+from optpipe.types import Backend, DeviceState, Engine, Event, Fingerprint, Precision, Sample, Target
 
 SHAPE = (3, 8, 8)
 
@@ -27,12 +27,14 @@ class Pretended:
     compute_ms: float
     add: float = 0.0
     fails: str = ""
+    lacks: str = ""
     SOURCE: Literal["onnx", "program"] = "onnx"
     CACHES_BUILDS: bool = False
     INT8_REST: Literal["fp32", "fp16"] = "fp32"
     headline: str = "Latency"
     notes: tuple[str, ...] = ()
     closed: int = 0
+    device: DeviceState | None = None
 
     def precisions(self, device: str) -> tuple[Precision, ...]:
         return ("fp32",)
@@ -46,6 +48,8 @@ class Pretended:
     def build(self, source: Path, target: Target, folder: Path) -> Engine:
         if self.fails:
             raise RunError(self.fails)
+        if self.lacks:
+            raise MissingError(self.lacks)
         return Engine(source, "0" * 64, 0.5)
 
     def load(self, engine: Engine, target: Target) -> Pretended:
@@ -59,8 +63,8 @@ class Pretended:
     def sample(self) -> Sample:
         return Sample(self.compute_ms)
 
-    def state(self) -> None:
-        return None
+    def state(self) -> DeviceState | None:
+        return self.device
 
     def close(self) -> None:
         self.closed += 1
@@ -112,6 +116,37 @@ def test_the_fastest_that_computes_what_torch_does_is_chosen(
     assert "differs from torch" in found["wrong"].out_because
     assert (reference.closed, fast.closed, wrong.closed) == (1, 1, 1)
     assert [event.name for event in events if event.kind == "warning"] == ["broken", "wrong"]
+
+
+def test_a_backend_that_lacks_something_to_build_is_out_and_the_others_go_on(
+    network: fx.GraphModule, images: ImageSet, tmp_path: Path
+) -> None:
+    backends: dict[str, Backend] = {
+        "lacking": Pretended(network, 1.0, lacks="no compiler"),
+        "onnxruntime": Pretended(network, 2.0),
+    }
+    held, _ = hold(network, images, tmp_path, backends)
+    assert held.chosen == "onnxruntime"
+    assert held.entries[0].out_because == "no compiler"
+
+
+def test_an_engine_of_another_shape_is_out_and_closed(
+    network: fx.GraphModule, images: ImageSet, tmp_path: Path
+) -> None:
+    narrow = Pretended(nn.Sequential(network, nn.Linear(3, 2)), 1.0)
+    held, _ = hold(network, images, tmp_path, {"narrow": narrow, "onnxruntime": Pretended(network, 2.0)})
+    assert "returns logits of shape (8, 2), torch (8, 3)" in held.entries[0].out_because
+    assert narrow.closed == 1
+
+
+def test_a_measurement_that_may_mislead_is_told(
+    network: fx.GraphModule, images: ImageSet, tmp_path: Path
+) -> None:
+    hot = DeviceState(1200, 3201, 88, throttle=("thermal",))
+    _, events = hold(network, images, tmp_path, {"onnxruntime": Pretended(network, 2.0, device=hot)})
+    (warning,) = (event for event in events if event.kind == "warning")
+    assert warning.name == "onnxruntime"
+    assert "throttled (thermal" in warning.detail
 
 
 def test_the_reference_wins_where_all_others_are_slower(
