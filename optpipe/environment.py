@@ -36,14 +36,17 @@ class Finding:
     needed: bool = False
 
 
-def describe(fingerprint: Fingerprint) -> EnvironmentReport:
-    """The environment as it stands in a report."""
+def describe(fingerprint: Fingerprint, device: str = "cpu") -> EnvironmentReport:
+    """The environment as it stands in a report, of engines on "cpu" or "cuda" with this fingerprint."""
+    # A GPU's figures do not hang on the host's threads, but on its driver.
+    threads = f"{fingerprint.threads} thread{'s' * (fingerprint.threads != 1)}"
+    ran_with = f"driver {fingerprint.driver}" if device == "cuda" else threads
     return EnvironmentReport(
         optpipe=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        executed_on=f"{fingerprint.device}, {fingerprint.threads} threads",
-        versions=dict(_versions()),
+        executed_on=f"{fingerprint.device}, {ran_with}",
+        versions=dict(_versions()) | dict(fingerprint.versions),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from optpipe import environment, plugins, selftest
 from optpipe.backends import onnxruntime as cpu
 from optpipe.cli import main
 from optpipe.errors import RunError
-from optpipe.types import Engine, Target
+from optpipe.types import Engine, Fingerprint, Target
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,15 @@ def driver(
         )
 
     monkeypatch.setattr(ctypes, "CDLL", load)
+
+
+def test_where_a_run_was_executed_is_named_with_what_decides_its_latency() -> None:
+    found = Fingerprint("a device", "580.1", (("tensorrt", "10.16"), ("onnxruntime", "9.9")), 1)
+    assert environment.describe(found).executed_on == "a device, 1 thread"
+    assert environment.describe(replace(found, threads=2)).executed_on == "a device, 2 threads"
+    on_gpu = environment.describe(found, "cuda")
+    assert on_gpu.executed_on == "a device, driver 580.1"
+    assert (on_gpu.versions["tensorrt"], on_gpu.versions["onnxruntime"]) == ("10.16", "9.9")
 
 
 def gpu_findings() -> dict[str, environment.Finding]:
