@@ -107,9 +107,11 @@ def as_text(benched: Benched) -> str:
 
 def _summary(timed: Timed) -> list[str]:
     latency, machine = timed.latency, timed.latency.fingerprint
-    where = machine.device if timed.target.device == "cuda" else f"{machine.device}, {machine.threads} threads"
+    # A GPU's figures do not hang on the host's threads.
+    threads = "" if timed.target.device == "cuda" else f", {machine.threads} threads"
+    engine = f"{timed.target.backend}, batch {timed.target.batch}, {machine.device}{threads}"
     return [
-        f"=== {timed.model} ({timed.target.backend}, batch {timed.target.batch}, {where}) ===",
+        f"=== {timed.model} ({engine}) ===",
         f"Throughput: {timed.throughput_qps:.2f} qps ({timed.images_per_s:.1f} images/s)",
         f"{latency.headline}: min = {latency.min_ms:.4f} ms, max = {latency.max_ms:.4f} ms, "
         f"mean = {latency.mean_ms:.4f} ms, median = {latency.median_ms:.4f} ms, "

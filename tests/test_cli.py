@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import WriteOnnx, make_report
 
-from optpipe import __version__, cli
+from optpipe import __version__, bench, cli
 from optpipe.data import Preprocess
 from optpipe.deploy import BundledEngine, Origin, Saved, write_bundle
 from optpipe.errors import GateError, MissingError, OptpipeError, RunError, UsageError
@@ -343,6 +343,25 @@ def test_bench_takes_a_run_with_its_own_target(optpipe: Call, bundled: Path, wri
     assert json.loads(out)["other"]["target"]["batch"] == 4
     _, out, _ = optpipe("bench", bundled / "deploy", *QUICK, "--batch", 2, "--json")
     assert json.loads(out)["model"]["target"]["batch"] == 2
+
+
+def test_bench_with_the_runs_own_backend_keeps_its_precision_and_options(bundled: Path) -> None:
+    path = bundled / "deploy" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["target"]["precision"] = "int8"
+    manifest["engines"][0]["source"] = "model.int8.onnx"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    found = [bench._locate(bundled, None, None, name, gpu=False) for name in (None, "onnxruntime", "auto")]
+    assert [(source.name, target.precision) for source, target in found] == [
+        ("model.int8.onnx", "int8"),
+        ("model.int8.onnx", "int8"),
+        ("model.onnx", "fp32"),
+    ]
+
+
+def test_bench_times_one_engine_and_seeks_no_fastest(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    code, _, err = optpipe("bench", write_onnx("a.onnx"), *QUICK, "--backend", "fastest")
+    assert (code, "one engine is timed here; name a backend" in err) == (2, True)
 
 
 def test_bench_takes_the_batch_that_a_file_is_fixed_to(optpipe: Call, write_onnx: WriteOnnx) -> None:
