@@ -21,6 +21,7 @@ from optpipe.types import (
     Answer,
     Ask,
     Choice,
+    DeviceState,
     Engine,
     Event,
     Fingerprint,
@@ -205,6 +206,7 @@ def test_the_count_of_engines_says_which_answers_took_no_build(
     other = open_bench(store.Run(shared / "count", shared / "cache"), subject)
     other.trial(FIRST)
     assert (other.lab.engines.structures, other.lab.engines.cached) == (1, 1)
+    assert other.lab.engines.builds_s == ()  # another run built it
 
 
 def test_a_backend_that_caches_builds_shows_once_what_the_second_takes(
@@ -219,6 +221,33 @@ def test_a_backend_that_caches_builds_shows_once_what_the_second_takes(
     assert count.first_build_s == count.builds_s[0]
     assert count.second_build_s is not None
     assert not (tmp_path / "engines" / "baseline").exists()
+
+
+def test_what_another_run_built_twice_is_built_twice_again(tmp_path: Path, subject: lab.Subject) -> None:
+    before = open_bench(store.Run(tmp_path / "one", tmp_path / "cache"), subject, caches_builds=True)
+    before.trial(FIRST)
+    before.lab.close()
+    bench = open_bench(store.Run(tmp_path / "two", tmp_path / "cache"), subject, caches_builds=True)
+    bench.trial(FIRST)
+    assert (bench.lab.engines.cached, bench.lab.engines.second_build_s) == (1, None)
+    bench.trial(OTHER)
+    bench.lab.close()
+    assert bench.lab.engines.first_build_s == bench.lab.engines.builds_s[0]
+    assert bench.lab.engines.second_build_s is not None
+
+
+def test_a_measurement_that_may_mislead_is_told(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = DeviceState(1200, 3201, 88, throttle=("thermal",))
+    monkeypatch.setattr("optpipe.backends.onnxruntime._CpuSession.state", lambda session: hot)
+    bench = open_bench(store.Run(tmp_path, None), subject)
+    trial = bench.trial(FIRST)
+    bench.lab.close()
+    (warning,) = (event for event in bench.events if event.kind == "warning")
+    assert "throttled (thermal" in warning.detail
+    assert trial.latency is not None
+    assert trial.latency.warnings == (warning.detail,)
 
 
 def test_raw_samples_are_kept_beside_a_latency(first: tuple[Bench, list[Trial]], shared: Path) -> None:

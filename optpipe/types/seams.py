@@ -46,8 +46,8 @@ class EngineCount:
 
     Of ``candidates`` whose latency was asked for, ``structures`` differ; the others were answered by an
     equal structure. ``cached`` of the structures were timed by another run. ``builds_s`` are the first
-    builds' times, ``second_build_s`` that of building one candidate again with a warm cache beside
-    ``first_build_s`` of the same one.
+    builds' times of the rest, ``second_build_s`` that of building one of them again with a warm cache beside
+    ``first_build_s`` of the same one; None where the backend keeps no cache or nothing was built.
     """
 
     candidates: int
