@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from optpipe import precision
 from optpipe.data import ImageSet, load_images
-from optpipe.errors import RunError, UsageError
+from optpipe.errors import MissingError, RunError, UsageError
 from optpipe.models import input_channels, load_model
 from optpipe.onnx_export import export, structure_digest
 from optpipe.precision import Settings, convert, int8, network, placement, ranges
@@ -501,6 +501,16 @@ def test_settings_out_of_range_are_refused(key: str, value: object, tmp_path: Pa
     settings = replace(Settings(), **{key: value})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=rf"\[precision\] {key} = "):
         convert(tmp_path / "model.onnx", tmp_path / "out.onnx", "fp16", None, settings)
+
+
+@pytest.mark.parametrize("wanted", ["fp16", "int8"])
+def test_without_onnxruntime_the_package_to_install_is_named(
+    wanted: Precision, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, images = write(), Photographs(4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=rf"^{wanted} files are made with onnxruntime.*optpipe\[cpu\]"):
+        convert(source, tmp_path / "made.onnx", wanted, images)
 
 
 def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
