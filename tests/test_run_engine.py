@@ -299,12 +299,10 @@ class Options(onnxruntime.SessionOptions):
             super().add_session_config_entry(key, value)
 
 class Session(onnxruntime.InferenceSession):
-    def __init__(self, content, options, providers):
-        assert loaded and options.on_gpu_only
+    def __init__(self, content, options, providers, enable_fallback):
+        assert loaded and options.on_gpu_only and not enable_fallback
         assert providers == [("CUDAExecutionProvider", {"use_tf32": "0"})]
         super().__init__(content, options, providers=["CPUExecutionProvider"])
-    def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 loaded = []
 def preload_dlls():
@@ -326,6 +324,23 @@ def test_on_a_gpu_onnxruntime_gets_cudas_libraries_and_may_not_use_the_cpu(
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["images"]) == len(pixels)
     assert "a library was not found" in done.stderr
+
+
+def test_a_provider_that_does_not_load_is_told_from_an_engine_that_does_not_fit(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    write_manifest(bundle, target={**manifest["target"], "device": "cuda"})
+    before = (
+        "import onnxruntime\n"
+        "onnxruntime.preload_dlls = lambda: None\n"
+        "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
+        # As where CUDA's libraries are missing: ONNX Runtime leaves the provider out and goes on.
+        "real = onnxruntime.InferenceSession\n"
+        "onnxruntime.InferenceSession = lambda content, options, providers, enable_fallback: real("
+        "content, options, enable_fallback=enable_fallback)\n"
+    )
+    done = run(bundle, before=before)
+    assert done.returncode == 3
+    assert done.stderr == ("Error: CUDAExecutionProvider does not load: check the driver, CUDA and cuDNN\n")
 
 
 def test_the_source_is_read_by_python_3_8() -> None:

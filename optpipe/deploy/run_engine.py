@@ -8,8 +8,7 @@ It needs neither torch nor optpipe but numpy and what runs the engine: tensorrt 
 openvino. An inductor package alone needs torch. An engine is executable code, so its bytes are compared with
 the manifest's sha256 before anything opens them. Figures are named and taken as trtexec does.
 
-Exit codes: 0 fine, 1 the engine is not the manifest's, 2 bad usage, 3 a package or device is missing, 4 the
-engine cannot be run.
+Exit codes: 0 fine, 1 not the manifest's engine, 2 bad usage, 3 a package or device is missing, 4 cannot run.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
 SCHEMA = "optpipe.manifest/2"
 LATENCY, COMPUTE, ENQUEUE = "Latency", "GPU Compute Time", "Enqueue Time"
 H2D, D2H = "H2D Latency", "D2H Latency"
-MIN_ITERATIONS = 10
-UNSTABLE, ENQUEUE_BOUND = 0.025, 0.8  # where trtexec begins to warn
+MIN_ITERATIONS, UNSTABLE, ENQUEUE_BOUND = 10, 0.025, 0.8  # trtexec's, and where it begins to warn
 CROP_RATIO = 0.875  # what "crop" keeps of the resized image
 
 
@@ -129,8 +127,7 @@ def load_images(path: Path, preprocess: Json, shape: Sequence[int]) -> Array:
     resized = np.stack([_resize(image, preprocess) for image in pixels]).transpose(0, 3, 1, 2)
     if resized.shape[1:] != tuple(shape[1:]):
         raise RunnerError(2, f"{path}: an image is {resized.shape[1:]}, the engine takes {shape[1:]}")
-    mean = np.array(preprocess["mean"], np.float32).reshape(-1, 1, 1)
-    std = np.array(preprocess["std"], np.float32).reshape(-1, 1, 1)
+    mean, std = (np.array(preprocess[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
     return np.ascontiguousarray((resized.astype(np.float32) / np.float32(255) - mean) / std)
 
 
@@ -201,19 +198,21 @@ def _onnxruntime(engine: Engine) -> HostRunner:
         with contextlib.redirect_stdout(sys.stderr):  # what it says is no result
             runtime.preload_dlls()  # from pip's packages, where the provider itself does not look
     provider = "CUDAExecutionProvider" if gpu else "CPUExecutionProvider"
+    if provider not in runtime.get_available_providers():
+        raise RunnerError(3, f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = engine.threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1" if gpu else "0")
     options.add_free_dimension_override_by_name("batch", engine.shape[0])
     options.log_severity_level = 4  # what goes wrong arrives as an exception
-    settings = {"use_tf32": "0"} if gpu else {}
-    if gpu:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if provider not in runtime.get_available_providers():
-        raise RunnerError(3, f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
-    session = runtime.InferenceSession(engine.content, options, providers=[(provider, settings)])
-    if provider not in session.get_providers():
-        raise RunnerError(3, f"onnxruntime's {provider} does not load: check the driver, CUDA and cuDNN")
+    chosen = [(provider, {"use_tf32": "0"} if gpu else {})]
+    try:
+        session = runtime.InferenceSession(engine.content, options, providers=chosen, enable_fallback=0)
+    except Exception as error:
+        if "default CPU EP" not in str(error):
+            raise
+        raise RunnerError(3, f"{provider} does not load: check the driver, CUDA and cuDNN") from None
     name = session.get_inputs()[0].name
     return HostRunner(engine.shape, lambda batch: session.run(None, {name: batch})[0])
 
@@ -304,9 +303,7 @@ class TensorrtRunner:
 
     def close(self) -> None:
         """Release the context before its plan, and that before the runtime."""
-        self._context = None
-        self._plan = None
-        self._runtime = None
+        self._context = self._plan = self._runtime = None  # from the left to the right
 
     def _names(self, trt: Any) -> tuple[str, str]:
         """The names of the one input and the one output, both float32."""
