@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.roofline import DTYPES
-from optpipe.backends import _nvml, _processor
+from optpipe.backends import _cuda, _nvml, _processor
 from optpipe.backends._images import batches
 from optpipe.backends._inductor_settings import threads_of_torch, true_fp32
 from optpipe.types import DeviceState, Fingerprint, Sample, Session, Target
@@ -59,7 +59,7 @@ def fingerprint(target: Target) -> Fingerprint:
     properties = torch.cuda.get_device_properties()
     return Fingerprint(
         properties.name,
-        _nvml.driver_version() or "unknown",
+        _nvml.driver_version() or _cuda.driver(),
         (
             ("torch", torch.__version__),
             ("cuda", str(torch.version.cuda)),
@@ -144,7 +144,11 @@ class _CudaSession:
             self._stream.synchronize()
             if cuda_graph:
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                # The outer stream's end gives the caller's back, also where a failed graph's does not.
+                with (
+                    torch.cuda.stream(self._stream),
+                    torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"),
+                ):
                     self._output = self._logits(self._input)
             self._host_output = torch.empty_like(self._output, device="cpu").pin_memory()
         self._events = [
@@ -187,6 +191,7 @@ class _CudaSession:
     def close(self) -> None:
         self._graph = None
         del self._logits, self._input, self._output, self._host_input, self._host_output
+        torch.cuda.empty_cache()  # for the engines of other libraries, which torch's own cache would starve
 
     def _enqueue(self) -> None:
         if self._graph is not None:

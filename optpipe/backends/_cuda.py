@@ -103,6 +103,16 @@ def device() -> Device:
     )
 
 
+def driver() -> str:
+    """The driver by the newest CUDA that it serves, "CUDA 13.2" say; "unknown" without the bindings."""
+    try:
+        runtime = _runtime()
+    except ImportError:
+        return "unknown"
+    error, served = runtime.cudaDriverGetVersion()
+    return f"CUDA {_version(served)}" if int(error) == 0 and served else "unknown"
+
+
 class Stream:
     """A stream of its own, which does not wait for the default one.
 

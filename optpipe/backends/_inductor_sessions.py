@@ -149,9 +149,12 @@ class CudaSession:
         return _nvml.state()
 
     def close(self) -> None:
-        """Release the graph, the package and its buffers."""
+        """Release the graph, the package and its buffers, so that other libraries too can have the memory."""
+        import torch
+
         self._graph = self._package = None
         self._input = self._output = self._host_input = self._host_output = None
+        torch.cuda.empty_cache()
 
     def _record(self) -> tuple[str, ...]:
         """Record the package's work as a graph; the note says that it did, or why it could not."""
@@ -159,7 +162,11 @@ class CudaSession:
 
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # The outer stream's end gives the caller's back, also where a failed graph's does not.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 output = self._package(self._input)
             graph.replay()
             torch.cuda.synchronize()

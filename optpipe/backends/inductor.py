@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from optpipe.backends import _nvml, _processor
+from optpipe.backends import _cuda, _nvml, _processor
 from optpipe.backends._engine import checked_bytes, engine_of
 from optpipe.errors import MissingError, RunError, UsageError
 from optpipe.types import Engine, Fingerprint, Precision, Session, Target
@@ -92,7 +92,7 @@ def fingerprint(target: Target) -> Fingerprint:
         ("cudnn", str(torch.backends.cudnn.version())),  # type: ignore[no-untyped-call]
         ("compute capability", f"{properties.major}.{properties.minor}"),
     ]
-    driver = _nvml.driver_version() or "unknown"
+    driver = _nvml.driver_version() or _cuda.driver()
     return Fingerprint(properties.name, driver, tuple(versions), threads, _nvml.highest_clocks())
 
 
@@ -171,9 +171,9 @@ def _switches(target: Target) -> dict[str, bool]:
                 f"target.options.{name} = {value!r}: on {target.device!r} the inductor backend has {known}; "
                 "set one of these, or remove it"
             )
-        if value not in _SWITCH:
+        if value.lower() not in _SWITCH:
             raise UsageError(f'target.options.{name} = {value!r}: it is a switch; set "on" or "off"')
-        switches[name] = _SWITCH[value]
+        switches[name] = _SWITCH[value.lower()]
     return switches
 
 

@@ -74,6 +74,14 @@ def test_the_device_has_a_name_a_capability_and_a_place_on_the_bus(gpu: FakeCuda
     assert _cuda.device() == _cuda.Device("NVIDIA Test 100", "9.0", "0000:3B:00.0", "13.2", "13.5")
 
 
+def test_a_driver_is_known_by_the_cuda_that_it_serves(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cuda.driver() == "CUDA 13.2"
+    monkeypatch.setattr(FakeCuda, "_cudaDriverGetVersion", lambda self: (0,))
+    assert _cuda.driver() == "unknown"
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert _cuda.driver() == "unknown"
+
+
 def test_what_is_copied_to_the_gpu_and_back_is_the_same_once_waited_for(gpu: FakeCuda) -> None:
     stream, there, back = _cuda.Stream(), _cuda.HostBuffer((2, 3)), _cuda.HostBuffer((2, 3))
     device = _cuda.DeviceBuffer(there.nbytes)

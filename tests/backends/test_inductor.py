@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -18,7 +19,7 @@ from torch import nn
 from optpipe.backends import _engine, _inductor_settings
 from optpipe.backends import inductor as backend
 from optpipe.backends._engine import engine_of
-from optpipe.backends._inductor_sessions import CpuSession
+from optpipe.backends._inductor_sessions import CpuSession, CudaSession
 from optpipe.errors import MissingError, RunError, UsageError
 from optpipe.program_export import export
 from optpipe.types import Engine, Precision, Session, Target
@@ -88,6 +89,11 @@ def test_importing_the_backend_imports_no_torch() -> None:
 def test_a_target_it_cannot_serve_is_a_usage_error(target: Target, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         backend.missing(target)
+
+
+def test_a_switch_may_be_written_as_toml_or_as_python_writes_it() -> None:
+    for word in ("on", "true", "True"):
+        assert backend._switches(replace(TARGET, options=(("max_autotune", word),)))["max_autotune"]
 
 
 def test_a_missing_compiler_is_named_with_its_mend(
@@ -231,6 +237,55 @@ def test_a_file_that_is_no_engine_is_refused_in_one_line_and_without_a_log(
     with pytest.raises(RunError, match=r"cannot run .*broken\.pt2: [^\n]+; build it again"):
         backend.load(engine_of(tmp_path / "broken.pt2", 0.0), TARGET)
     assert capfd.readouterr() == ("", "")
+
+
+class Gpu:
+    """What a session on CUDA calls in torch: every recording of a graph fails as torch 2.11's may.
+
+    There the stream of a recording that failed stays the current one.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.emptied = "the caller's", 0
+        for name in ("stream", "graph", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    @contextlib.contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        self.current = stream
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+
+def test_a_graph_that_cannot_be_recorded_leaves_the_callers_stream_and_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, session = Gpu(monkeypatch), CudaSession.__new__(CudaSession)
+    session._stream, session._graph, session._input = "its own", None, torch.zeros(1)
+    seen: list[str] = []
+    session._package = lambda images: seen.append(gpu.current)
+    (note,) = session._record()
+    assert note.startswith("no CUDA graph: operation not permitted when stream is capturing; each run")
+    assert (seen, gpu.current, session._graph) == (["its own"], "the caller's", None)
+
+
+def test_closing_gives_the_gpus_memory_to_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, session = Gpu(monkeypatch), CudaSession.__new__(CudaSession)
+    session.close()
+    assert gpu.emptied == 1
 
 
 def test_threads_that_may_spin_are_noted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
