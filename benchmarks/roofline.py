@@ -23,6 +23,7 @@ from optpipe.graph.trace import module_of, node_macs, shape, tensor_inputs
 from optpipe.types import Precision
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_CUDA_WARMUP_S = 0.2  # as long as engines are warmed up
 _OUTSIDE = 4  # bytes of an image's and a logit's number, which are fp32 at every precision
 
 
@@ -150,25 +151,32 @@ def measure(device: str, precision: Precision, *, small: bool, threads: int) -> 
 def _median_s(work_once: Callable[[], object], device: str, repeats: int) -> float:
     import numpy as np
 
-    for _ in range(5):
-        work_once()
-    seconds = []
-    for _ in range(repeats):
-        if device == "cuda":
-            begin, end = (
-                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            )
-            begin.record()
-            work_once()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            work_once()
-            seconds.append(time.perf_counter() - start)
-    return timing.median(np.array(seconds))
+    once = _cuda_s if device == "cuda" else _cpu_s
+    # A GPU that had nothing to do raises its clocks only after a while.
+    end = time.perf_counter() + (_CUDA_WARMUP_S if device == "cuda" else 0.0)
+    warmup = 0
+    while warmup < 5 or time.perf_counter() < end:
+        once(work_once)
+        warmup += 1
+    return timing.median(np.array([once(work_once) for _ in range(repeats)]))
+
+
+def _cuda_s(work_once: Callable[[], object]) -> float:
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    begin.record()
+    work_once()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _cpu_s(work_once: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work_once()
+    return time.perf_counter() - start
 
 
 def _weights(traced: fx.GraphModule, node: fx.Node) -> int:

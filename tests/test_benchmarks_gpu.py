@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,17 @@ def test_the_floor_takes_the_slower_of_memory_and_arithmetic() -> None:
     assert found.layers_ms == pytest.approx(1.0 + 3.0)
     assert found.whole_ms == pytest.approx(3.5)
     assert (found.memory_bound_layers, found.layers, found.memory_bound_whole) == (1, 2, False)
+
+
+def test_what_a_gpu_does_before_its_clocks_are_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.perf_counter()
+
+    def run_once(work: object) -> float:
+        time.sleep(0.001)
+        return 9.0 if time.perf_counter() - begin < 0.1 else 1.0
+
+    monkeypatch.setattr(roofline, "_cuda_s", run_once)
+    assert roofline._median_s(lambda: None, "cuda", 5) == 1.0
 
 
 def test_activations_of_a_random_network_are_of_ordinary_size() -> None:
