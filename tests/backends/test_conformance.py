@@ -338,7 +338,9 @@ def test_two_sessions_at_once_give_the_same_logits(case: Case, engine: Engine, s
         for seed in (1, 2):
             other.run(images(BATCH, seed))
             session.sample()
-        np.testing.assert_array_equal(other.run(images(BATCH)), expected)
+        # On a GPU each session chooses algorithms by timing them, which may round otherwise.
+        apart = 0.0 if case.device == "cpu" else TOLERANCE[case.precision] * np.abs(expected).max()
+        np.testing.assert_allclose(other.run(images(BATCH)), expected, rtol=0, atol=apart)
         np.testing.assert_array_equal(session.run(images(BATCH)), expected)
     finally:
         other.close()
