@@ -40,6 +40,9 @@ def check(device: str) -> Iterator[Finding]:
                     detail = _engine(network, bench.at(wanted), Path(folder))
                 except OptpipeError as error:
                     yield Finding(subject, False, str(error), needed=True)
+                except Exception as error:  # an engine is others' code, and the other engines are to be tried
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    yield Finding(subject, False, reason, needed=True)
                 else:
                     yield Finding(subject, True, detail)
 

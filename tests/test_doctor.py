@@ -163,6 +163,24 @@ def test_an_engine_that_computes_something_else_fails_the_self_test(monkeypatch:
     assert first.detail.startswith("the engine differs from torch by up to 9")
 
 
+def test_an_engine_that_fails_as_no_engine_should_is_a_finding_and_the_next_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only(monkeypatch, "onnxruntime")
+    load = cpu.load
+
+    def broken(engine: Engine, target: Target) -> object:
+        if target.precision == "fp32":
+            raise TypeError("incompatible function arguments\n  1. (self)")
+        return load(engine, target)
+
+    monkeypatch.setattr(cpu, "load", broken)
+    first, second = selftest.check("cpu")
+    assert (first.fine, first.needed) == (False, True)
+    assert first.detail == "TypeError: incompatible function arguments 1. (self)"
+    assert second.fine
+
+
 def test_a_backend_that_does_not_load_is_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "onnxruntime", "tensorrt")
     monkeypatch.setattr(cpu, "missing", lambda target: "not today")
