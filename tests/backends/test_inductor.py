@@ -274,7 +274,8 @@ def test_a_graph_that_cannot_be_recorded_leaves_the_callers_stream_and_is_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu, session = Gpu(monkeypatch), CudaSession.__new__(CudaSession)
-    session._stream, session._graph, session._input = "its own", None, torch.zeros(1)
+    session._stream, session._graph = "its own", None  # type: ignore[assignment]
+    session._input = torch.zeros(1)
     seen: list[str] = []
     session._package = lambda images: seen.append(gpu.current)
     (note,) = session._record()
