@@ -169,6 +169,7 @@ class _Maker:
         except OptpipeError as error:
             if wanted == self._target.precision:
                 raise
+            shutil.rmtree(self._folder / "engines" / wanted, ignore_errors=True)
             self._emit(Event("warning", "rebuild", f"{wanted} is left out: {error}"))
             return RebuiltEngine(wanted, failed=str(error))
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -104,18 +102,6 @@ def test_the_manifest_says_where_the_bundle_comes_from(run: Path) -> None:
 
 def test_the_program_that_travels_is_the_packages_own(run: Path) -> None:
     assert (run / "deploy" / "run_engine.py").read_bytes() == Path(run_engine.__file__).read_bytes()
-
-
-def test_an_engine_is_trusted_with_the_manifests_digest_alone(run: Path) -> None:
-    folder, manifest = bundle.open_bundle(run)
-    engine = bundle.trusted_engine(folder, manifest, "fp32")
-    assert (engine.path, engine.build_s) == (folder / "model.onnx", 0.5)
-    assert engine.sha256 == hashlib.sha256(b"an engine").hexdigest()
-    with pytest.raises(UsageError, match=r"has no int8 engine; there are: fp32$"):
-        bundle.trusted_engine(folder, manifest, "int8")
-    unlisted = dataclasses.replace(manifest, files={})
-    with pytest.raises(UsageError, match=r"has no sha256 of model\.onnx: it is not loaded$"):
-        bundle.trusted_engine(folder, unlisted, "fp32")
 
 
 def test_a_whole_bundle_verifies(run: Path) -> None:

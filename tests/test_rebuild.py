@@ -163,7 +163,9 @@ def test_an_engine_of_another_precision_that_fails_or_is_wrong_is_left_out(
     other_backend(monkeypatch, fails=("fp16",), wrong=("int8",))
     events: list[Event] = []
     rebuilt = rebuild.rebuild(run, gpu=True, emit=events.append)
-    assert [entry.precision for entry in bundles.open_bundle(run)[1].engines] == ["fp32"]
+    manifest = bundles.open_bundle(run)[1]
+    assert [entry.precision for entry in manifest.engines] == ["fp32"]
+    assert [name for name in manifest.files if name.endswith(".plan")] == ["engines/fp32/engine.plan"]
     assert deploy.verify(run) == []
     failed = {engine.precision: engine.failed for engine in rebuilt.engines}
     assert failed["fp16"] == "the builder gave up"

@@ -16,7 +16,7 @@ from optpipe import files, store
 from optpipe.data import Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
-from optpipe.types import Engine, Fingerprint, Plan, Precision, Target
+from optpipe.types import Fingerprint, Plan, Precision, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,21 +122,6 @@ def bundled_files(folder: Path) -> dict[str, BundledFile]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json; what it lists is in place by then."""
     files.write_atomically(folder / MANIFEST, store.to_json(manifest))
-
-
-def trusted_engine(folder: Path, manifest: Manifest, precision: Precision) -> Engine:
-    """An engine of the bundle with the digest that the manifest gives it, which loading it checks.
-
-    Raises:
-        UsageError: the bundle has no engine of this precision, or the manifest no digest of it.
-    """
-    for entry in manifest.engines:
-        if entry.precision == precision:
-            if entry.engine not in manifest.files:
-                raise UsageError(f"{folder / MANIFEST}: has no sha256 of {entry.engine}: it is not loaded")
-            return Engine(folder / entry.engine, manifest.files[entry.engine].sha256, entry.build_s)
-    have = ", ".join(entry.precision for entry in manifest.engines)
-    raise UsageError(f"{folder}: has no {precision} engine; there are: {have}")
 
 
 def load(run: str | Path) -> nn.Module:

@@ -80,11 +80,19 @@ def _ship(
 ) -> Shipped:
     """Build one engine of the bundle and hold it against torch."""
     wanted = bench.target.precision
-    built = building.build(exported, bench, exported.parent / "engines" / wanted, emit=emit)
-    with engines.session(bench, built.engine) as session:
-        parity = building.parity(candidate, session, bench)
-    onnx_export.check_parity(parity)
+    folder = exported.parent / "engines" / wanted
+    built = building.build(exported, bench, folder, emit=emit)
     engine = built.engine
+    try:
+        with engines.session(bench, engine) as session:
+            parity = building.parity(candidate, session, bench)
+        onnx_export.check_parity(parity)
+    except OptpipeError:
+        # What is wrong is not left lying in the bundle; some engines are the file itself.
+        shutil.rmtree(folder, ignore_errors=True)
+        if engine.path != exported:
+            engine.path.unlink(missing_ok=True)
+        raise
     if engine.timing_cache is not None:
         shutil.copyfile(engine.timing_cache, exported.parent / "timing.cache")
     return Shipped(
