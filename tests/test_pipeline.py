@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,10 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 import optpipe
 from optpipe import (
+    building,
+    contest,
     data,
     deploy,
     onnx_export,
@@ -40,7 +44,7 @@ from optpipe.methods import practise
 from optpipe.pipeline import engines
 from optpipe.report import build, schema
 from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
-from optpipe.types import Event
+from optpipe.types import DeviceState, Event
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
@@ -286,6 +290,19 @@ def test_a_precision_that_cannot_be_built_is_left_out_with_its_reason(
     assert deploy.verify(copied) == []
 
 
+def test_an_engine_that_computes_something_else_is_not_in_the_bundle(
+    copied: Path, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(copied, "export", "benchmark")
+    monkeypatch.setitem(building.TOLERANCES, "int8", (0.0, 1e-9))
+    again = take(setup, copied)
+    assert "the engine differs from torch" in again.report.precisions[1].failed
+    assert not (copied / "deploy" / "model.int8.onnx").exists()
+    assert "model.int8.onnx" not in deploy.bundle.open_bundle(copied)[1].files
+    assert (copied / "deploy" / "model.onnx").exists()
+    assert deploy.verify(copied) == []
+
+
 def test_the_bundle_verifies_until_a_file_of_it_changes(copied: Path) -> None:
     assert deploy.verify(copied) == []
     path = copied / "deploy" / "model.safetensors"
@@ -294,6 +311,99 @@ def test_the_bundle_verifies_until_a_file_of_it_changes(copied: Path) -> None:
     assert problem.startswith("model.safetensors: sha256 is")
     with pytest.raises(UsageError, match=r"model\.safetensors"):
         optpipe.load(copied)
+
+
+def test_the_manifest_says_what_the_bundle_was_made_of(finished: Ran, setup: preparation.Setup) -> None:
+    _, manifest = deploy.bundle.open_bundle(finished.folder)
+    recipe = hashlib.sha256((finished.folder / "recipe.toml").read_bytes()).hexdigest()
+    fingerprint = setup.backend.fingerprint(setup.target)
+    assert manifest.origin == deploy.Origin(fingerprint, recipe, 0, setup.calibration.names)
+    assert len(set(manifest.origin.calibration_images)) == 20
+    assert manifest.target == setup.target
+    assert [entry.source for entry in manifest.engines] == ["model.onnx", "model.int8.onnx"]
+
+
+def test_with_int8_as_the_target_everything_is_timed_and_scored_in_int8(home: Path) -> None:
+    quick = ["target.precision=int8", 'export.quantize.range_methods=["minmax"]']
+    setup = preparation.prepare(recipes.load(home / "small.toml", quick))
+    ran = take(setup, home / "int8")
+    int8, fp32 = ran.report.precisions
+    assert (int8.precision, fp32.precision) == ("int8", "fp32")
+    assert int8.quality == ran.report.result.quality
+    assert ran.report.budget.met
+    labels = setup.evaluation.labels
+    assert labels is not None
+    original = scored(setup, home / "int8" / "01-ingest" / "model.int8.onnx")
+    result = scored(setup, home / "int8" / "deploy" / "model.int8.onnx")
+    assert np.abs(original - tune.logits(setup.original, setup.evaluation).numpy()).max() > 0
+    assert ran.report.original.quality == quality.score(original, labels.numpy(), original, "evaluation")
+    assert int8.quality == quality.score(result, labels.numpy(), original, "evaluation")
+    assert int8.agreement == quality.agreement(result, original, "evaluation")
+
+
+def scored(setup: preparation.Setup, path: Path) -> NDArray[np.float32]:
+    """A file's logits of the evaluation images on an engine of the target's."""
+    session = setup.backend.load(setup.backend.build(path, setup.target, path.parent), setup.target)
+    logits = session.run(setup.evaluation.batch(slice(None)).numpy())
+    session.close()
+    return logits
+
+
+def test_the_fastest_is_sought_once_and_a_resumed_run_keeps_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = {"backends": ["onnxruntime", "tensorrt"], "methods": ["practise"]}
+    monkeypatch.setattr(plugins, "names", lambda room: rooms[room])
+    overrides = ["target.backend=fastest", 'export.precisions=["fp32"]']
+    setup = preparation.prepare(recipes.load(home / "small.toml", overrides))
+    first = take(setup, home / "fastest")
+    table = first.report.tables[0]
+    assert [(row[0], row[-1]) for row in table.rows] == [
+        ("onnxruntime", "chosen"),
+        ("tensorrt", "does not run on cpu"),
+    ]
+    assert first.report.target.backend == "onnxruntime"
+    assert not (home / "fastest" / "contest").exists()
+
+    def again(*arguments: object, **named: object) -> None:
+        raise AssertionError("a second contest")
+
+    forget(home / "fastest", "benchmark")
+    monkeypatch.setattr(contest, "hold", again)
+    resumed = take(setup, home / "fastest")
+    assert resumed.report.tables == first.report.tables
+    path = home / "fastest" / "contest.json"
+    held = path.read_text()
+    path.write_text(held.replace('"chosen": "onnxruntime"', '"chosen": "openvino"'))
+    with pytest.raises(UsageError, match="was begun with openvino, which does not load here"):
+        take(setup, home / "fastest")
+    path.write_text("{}")
+    with pytest.raises(UsageError, match=r"contest\.json: is of another version"):
+        take(setup, home / "fastest")
+
+
+def test_a_report_written_again_elsewhere_says_where_it_was_measured(
+    copied: Path, finished: Ran, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = setup.backend.fingerprint(setup.target)
+    monkeypatch.setattr(setup.backend, "fingerprint", lambda target: replace(here, device="elsewhere"))
+    again = take(setup, copied)
+    assert again.report.environment == finished.report.environment
+    assert "elsewhere" in (copied / "environment.json").read_text()
+
+
+def test_a_warning_names_the_engine_that_it_is_about(
+    copied: Path, setup: preparation.Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = DeviceState(1200, 3201, 88, throttle=("thermal",))
+    monkeypatch.setattr("optpipe.backends.onnxruntime._CpuSession.state", lambda session: hot)
+    forget(copied, "benchmark")
+    warnings = take(setup, copied).report.warnings
+    assert [warning.partition(": the GPU was throttled")[0] for warning in warnings] == [
+        "the original at fp32",
+        "the result at fp32",
+        "the result at int8",
+    ]
 
 
 def test_events_are_kept_as_they_were_told(finished: Ran) -> None:
