@@ -130,6 +130,14 @@ class Stream:
         """Wait until all that was enqueued is done; an error in it is raised here."""
         _checked("cudaStreamSynchronize", self._runtime.cudaStreamSynchronize(self.raw))
 
+    def idle(self) -> bool:
+        """Whether all that was enqueued is done already; an error in it is raised here."""
+        answer = self._runtime.cudaStreamQuery(self.raw)
+        if int(answer[0]) != 0 and _name(self._runtime, answer[0]) == "cudaErrorNotReady":
+            return False
+        _checked("cudaStreamQuery", answer)
+        return True
+
     def close(self) -> None:
         """Release the stream once its work is done."""
         if self.raw is not None:

@@ -206,6 +206,9 @@ class FakeCuda:
         state.queue.clear()
         return ()
 
+    def _cudaStreamQuery(self, stream: Any) -> Any:
+        return "cudaErrorNotReady" if self.streams[int(stream)].queue else ()
+
     def _cudaStreamDestroy(self, stream: Any) -> Any:
         del self.streams[int(stream)]
         return ()

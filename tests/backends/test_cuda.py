@@ -98,6 +98,18 @@ def test_what_is_copied_to_the_gpu_and_back_is_the_same_once_waited_for(gpu: Fak
     assert gpu.live() == {}
 
 
+def test_a_stream_is_idle_once_its_work_is_done(gpu: FakeCuda) -> None:
+    stream, host = _cuda.Stream(), _cuda.HostBuffer((4,))
+    assert stream.idle()
+    _cuda.copy_to_device(host, _cuda.DeviceBuffer(host.nbytes), stream)
+    assert not stream.idle()
+    stream.synchronize()
+    assert stream.idle()
+    gpu.failing["cudaStreamQuery"] = "cudaErrorLaunchFailure"
+    with pytest.raises(_cuda.CudaError, match="cudaStreamQuery failed with cudaErrorLaunchFailure"):
+        stream.idle()
+
+
 def test_events_measure_what_lies_between_them(gpu: FakeCuda) -> None:
     stream, host = _cuda.Stream(), _cuda.HostBuffer((4,))
     device = _cuda.DeviceBuffer(host.nbytes)
