@@ -180,6 +180,20 @@ def test_the_compilers_own_complaint_reaches_the_user(
         backend.build(program, TARGET, tmp_path)
 
 
+def test_an_error_of_triton_reaches_the_user(
+    monkeypatch: pytest.MonkeyPatch, program: Path, tmp_path: Path
+) -> None:
+    class TritonError(Exception):
+        """Triton's errors are no RuntimeError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise TritonError("PTXAS error: out of registers\nmore of it")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(RunError, match=r"cannot compile .*model\.pt2: PTXAS error: out of registers$"):
+        backend.build(program, TARGET, tmp_path)
+
+
 # ---------------------------------------------------------------- running
 
 
