@@ -379,6 +379,43 @@ def test_dropout_stays_off_in_training(
     assert not any(modes)
 
 
+@pytest.mark.parametrize(
+    ("target", "there", "device"), [("cuda", True, "cuda"), ("cuda", False, "cpu"), ("cpu", True, "cpu")]
+)
+def test_training_goes_where_the_target_is_if_torch_can(
+    monkeypatch: pytest.MonkeyPatch, target: str, there: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert tune.training_device(target) == device
+
+
+@pytest.mark.parametrize(("native", "found"), [(True, "bf16"), (False, "off")])
+def test_auto_is_bfloat16_where_the_gpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    assert tune.on_this_machine(Tune(steps=1, autocast="auto"), "cuda").autocast == found
+    assert tune.on_this_machine(Tune(steps=1, autocast="off"), "cuda").autocast == "off"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["sgd", "adamw, stages", "bfloat16"])
+def test_training_on_a_gpu_brings_both_networks_back_as_near_as_on_the_processor(
+    original: fx.GraphModule, images: ImageSet, kind: str
+) -> None:
+    settings = EVERY_KIND[kind]
+    distances = []
+    for device in ("cpu", "cuda"):
+        network = candidate(original, settings)
+        tune.train(network, original, images, settings, seed=0, device=device)
+        assert {
+            tensor.device.type for tensor in (*weights(network).values(), *weights(original).values())
+        } == {"cpu"}
+        distances.append(tune.distance(network, original, images, device))
+    assert distances[1] == pytest.approx(distances[0], rel=0.2)
+
+
 def test_progress_ends_with_the_last_step(original: fx.GraphModule, images: ImageSet) -> None:
     events: list[Event] = []
     tune.train(candidate(original, SGD), original, images, SGD, seed=0, emit=events.append)
