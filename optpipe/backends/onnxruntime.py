@@ -2,9 +2,9 @@
 
 The engine is the ONNX file itself, where it lies: nothing is built and nothing is copied. ONNX Runtime can
 also store its optimised graph, but at the level that is timed here that graph holds kernels and weight
-layouts chosen for the CPU that wrote it: it may not run on another one, nor under another release. What it
-would save is the optimisation when loading, tens of milliseconds for a ResNet. The batch is fixed when the
-engine is loaded, not in the file; the precision is that of the file.
+layouts chosen for the CPU that wrote it: it may not run on another one, nor under another release. All that
+it would save is the optimisation when loading. The batch is fixed when the engine is loaded, not in the file;
+the precision is that of the file.
 
 On the CPU two sessions in one process must not disturb each other, nor differ by where their threads happen
 to lie:

@@ -1,8 +1,8 @@
 """OpenVINO on the CPU.
 
 The engine is the ONNX file itself, where it lies. OpenVINO can also export a compiled blob, but that is
-bound to the processor and the release that wrote it, and compiling a ResNet when it is loaded takes less
-than a second. The batch is fixed when the engine is loaded.
+bound to the processor and the release that wrote it, and all that it would save is compiling when the engine
+is loaded. The batch is fixed then, too.
 
 Precision is a property of the engine and never the library's choice. Left alone it computes an fp32 network
 in bf16 wherever the processor can, which reads like a speed-up of the engine; here the hint is always set,
@@ -13,9 +13,9 @@ read back, and compared with the precision that each convolution and fully conne
 - int8: a file with quantize and dequantize nodes, and what they leave out in f32, or in bf16 where
   ``target.options.int8_rest = "bf16"`` says so.
 
-One stream of the target's threads serves one inference at a time. OpenVINO's threads spin for less than a
-millisecond after an inference (0.8 ms were seen) and then sleep, and all sessions of a process share them,
-so two sessions leave each other the cores. They are pinned, as those of the onnxruntime backend are, each
+One stream of the target's threads serves one inference at a time. OpenVINO's threads spin only briefly after
+an inference and then sleep, and all sessions of a process share them, so two sessions leave each other the
+cores. They are pinned, as those of the onnxruntime backend are, each
 to the same core in every session, while the calling thread stays free.
 """
 
