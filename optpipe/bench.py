@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optpipe import plugins, store, timing
-from optpipe.deploy.bundle import open_bundle
+from optpipe.deploy.bundle import Manifest, open_bundle
 from optpipe.errors import UsageError
 from optpipe.selection import AUTO, FASTEST, select
 from optpipe.types import Latency, Session, Target
@@ -168,6 +168,7 @@ def _locate(
             # Another backend's options would mean nothing here, and all read the fp32 file.
             source = folder / "model.onnx"
             target = dataclasses.replace(target, backend=backend or AUTO, precision="fp32", options=())
+        _refuse_changed(source, manifest, folder)
         target = dataclasses.replace(
             target,
             batch=batch or target.batch,
@@ -185,6 +186,13 @@ def _locate(
         raise UsageError(f"{path}: there is no such file or run")
     names = select(target).names
     return source, dataclasses.replace(target, backend=names[0])
+
+
+def _refuse_changed(source: Path, manifest: Manifest, folder: Path) -> None:
+    """UsageError unless a bundle's file is there and is the one that was measured."""
+    listed = manifest.files.get(source.relative_to(folder).as_posix())
+    if listed is None or not source.is_file() or store.file_sha256(source) != listed.sha256:
+        raise UsageError(f"{source}: is missing or not what the manifest says; get the bundle anew")
 
 
 def _input_shape(path: Path) -> tuple[int, tuple[int, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,6 +351,8 @@ def test_bench_with_the_runs_own_backend_keeps_its_precision_and_options(bundled
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["target"]["precision"] = "int8"
     manifest["engines"][0]["source"] = "model.int8.onnx"
+    manifest["files"]["model.int8.onnx"] = manifest["files"]["model.onnx"]
+    shutil.copyfile(bundled / "deploy" / "model.onnx", bundled / "deploy" / "model.int8.onnx")
     path.write_text(json.dumps(manifest), encoding="utf-8")
     found = [bench._locate(bundled, None, None, name, gpu=False) for name in (None, "onnxruntime", "auto")]
     assert [(source.name, target.precision) for source, target in found] == [
@@ -357,6 +360,16 @@ def test_bench_with_the_runs_own_backend_keeps_its_precision_and_options(bundled
         ("model.int8.onnx", "int8"),
         ("model.onnx", "fp32"),
     ]
+
+
+def test_bench_refuses_a_file_that_the_manifest_does_not_list(optpipe: Call, bundled: Path) -> None:
+    path = bundled / "deploy" / "model.onnx"
+    path.write_bytes(path.read_bytes() + b"x")
+    code, _, err = optpipe("bench", bundled, *QUICK)
+    assert (code, err) == (
+        2,
+        f"Error: {path}: is missing or not what the manifest says; get the bundle anew\n",
+    )
 
 
 def test_bench_times_one_engine_and_seeks_no_fastest(optpipe: Call, write_onnx: WriteOnnx) -> None:
