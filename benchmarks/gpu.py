@@ -164,7 +164,9 @@ class Bench:
             with contextlib.suppress(Exception):  # what broke the engine may break its release
                 self.close()
             row = replace(row, failure=_reason(error))
+        if row.failure:  # only now is the error gone, and with it all that its frames held
             gc.collect()
+            torch.cuda.empty_cache()
         return replace(row, seconds=watch.seconds)
 
     def _described(self, row: Row) -> Row:

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor, fx, nn
 
 from optpipe import building, graph, store
 from optpipe.errors import UsageError
+from optpipe.types import Session, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import gpu, roofline  # noqa: E402
+from benchmarks import eager, gpu, roofline  # noqa: E402
 from benchmarks.contenders import Network, RandomImages, subject  # noqa: E402
 from benchmarks.gpu_plan import Scale  # noqa: E402
 from benchmarks.gpu_tables import Record, Row  # noqa: E402
@@ -102,6 +104,31 @@ def test_a_backend_that_fails_is_a_row_and_is_tried_again(
     assert [row for row in second.rows if row.latency] == [row for row in first.rows if row.latency]
     assert [visit.rows for visit in second.visits] == [5, 1]
     assert "no kernel" not in text
+
+
+def test_what_a_failed_engine_held_is_released_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[nn.Module]] = []
+    left: list[bool] = []
+
+    def broken(model: nn.Module, bench: building.Workbench, folder: Path) -> Path:
+        memory = nn.Linear(1, 1)
+        memory.__dict__["itself"] = memory
+        held.append(weakref.ref(memory))
+        raise RuntimeError("no kernel for this device")
+
+    load = eager.load
+
+    def loading(model: nn.Module, target: Target, variant: eager.Variant) -> Session:
+        left.extend(reference() is not None for reference in held)
+        return load(model, target, variant)
+
+    monkeypatch.setattr(building, "export", broken)
+    monkeypatch.setattr(eager, "load", loading)
+    gpu.run(options(tmp_path))
+    assert left
+    assert not any(left)
 
 
 @pytest.mark.slow
