@@ -96,7 +96,7 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         precision=recipe.target.precision,
         device=recipe.target.device,
         threads=recipe.target.threads,
-        options=tuple(sorted(recipe.target.options.items())),
+        options=tuple(sorted((name, _word(value)) for name, value in recipe.target.options.items())),
     )
     selected = selection.select(target)
     if recipe.target.backend == selection.AUTO:
@@ -150,6 +150,11 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         calibration=calibration,
         evaluation=evaluation,
     )
+
+
+def _word(value: str | float) -> str:
+    """An option as backends take it; truth values in TOML's spelling."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_precisions(recipe: recipes.Recipe, benches: tuple[Workbench, ...]) -> None:

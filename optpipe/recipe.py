@@ -51,7 +51,8 @@ class TargetTable:
 
     ``backend`` names one, or is "auto": onnxruntime on a CPU, on a GPU the first of tensorrt, onnxruntime
     and inductor that loads; or "fastest": every one that loads is built and timed, the fastest is taken.
-    ``precision`` is what candidates are timed in and the budget is held against.
+    ``precision`` is what candidates are timed in and the budget is held against. ``options`` are the
+    backend's own.
     """
 
     backend: str = "auto"
@@ -59,7 +60,7 @@ class TargetTable:
     batch: int = 16
     device: str = "cpu"
     threads: int | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,14 @@ def select(target: Target) -> Selected:
 def _first(target: Target) -> Selected:
     absent: list[tuple[str, str]] = []
     order = ORDER[target.device]
+    refused: UsageError | None = None
     for name in order:
         # Where there is only one, its own words on what it does not run are the better ones.
-        lacking = (len(order) > 1 and _not_offered(name, target)) or _lacking(name, target)
+        lacking = _not_offered(name, target) if len(order) > 1 else None
+        try:
+            lacking = lacking or _lacking(name, target)
+        except UsageError as error:  # an option of another backend, say
+            refused, lacking = refused or error, str(error)
         if lacking is None:
             skipped = "; ".join(f"{other} does not: {why}" for other, why in absent)
             why = f"{name} builds the engines on {target.device}: " + (
@@ -59,6 +64,8 @@ def _first(target: Target) -> Selected:
             )
             return Selected((name,), why if len(order) > 1 else "", tuple(absent))
         absent.append((name, lacking))
+    if refused is not None:
+        raise refused
     if len(absent) == 1:
         raise MissingError(absent[0][1])
     reasons = "; ".join(f"{name}: {why}" for name, why in absent)

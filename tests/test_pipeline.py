@@ -713,3 +713,12 @@ def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
     assert ran.details("warning") == [("data", warning)]
     assert f"Warning: {warning}." in (copied / "report.md").read_text()
     assert ran.report.data.evaluation_count == 11
+
+
+def test_options_of_any_plain_type_reach_the_backend_as_words(home: Path) -> None:
+    given = recipes.load(home / "small.toml", ["target.backend=openvino", 'target.options.int8_rest="bf16"'])
+    assert preparation.prepare(given).target.options == (("int8_rest", "bf16"),)
+    for value, word in (("5", "5"), ("false", "false")):
+        odd = recipes.load(home / "small.toml", ["target.backend=openvino", f"target.options.level={value}"])
+        with pytest.raises(UsageError, match=f"target.options.level = '{word}'"):
+            preparation.prepare(odd)

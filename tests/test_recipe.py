@@ -202,7 +202,8 @@ def test_the_normalisation_must_be_given(good: Path) -> None:
             '[data.preprocess] size[1] = "x": should be a valid integer',
         ),
         ("data.preprocess.mean=0.5", "[data.preprocess] mean = 0.5: should be a valid array"),
-        ("target.options={a=1}", "[target.options] a = 1: should be a valid string"),
+        ("target.options=3", "[target] options = 3: should be an object"),
+        ("export.precisions=[3]", "[export] precisions[0] = 3: should be 'fp32', 'bf16', 'fp16' or 'int8'"),
         ("data.calibration=few.npz", '[data] calibration = "few.npz": should be an object'),
     ],
 )

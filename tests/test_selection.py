@@ -22,9 +22,14 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         "tensorrt": {"cuda": ("fp32", "fp16", "int8")},
     }
 
+    def missing(name: str, target: Target) -> str | None:
+        if name == "tensorrt" and "prefer_nhwc" in dict(target.options):
+            raise UsageError("target.options.prefer_nhwc is not tensorrt's")
+        return None if name in found else LACKS.get(name, f"no {name}")
+
     def backend(name: str) -> object:
         return SimpleNamespace(
-            missing=lambda target: None if name in found else LACKS.get(name, f"no {name}"),
+            missing=lambda target: missing(name, target),
             precisions=lambda device: offered[name].get(device, ()),
         )
 
@@ -102,3 +107,14 @@ def test_fastest_takes_no_options_for_they_belong_to_one_backend(loads: set[str]
 def test_a_device_that_is_neither_cpu_nor_cuda_is_refused(loads: set[str]) -> None:
     with pytest.raises(UsageError, match=r'target.device = "tpu": must be one of cpu, cuda'):
         selection.select(target("auto", "tpu"))
+
+
+def test_auto_passes_over_a_backend_that_does_not_know_an_option_and_says_so(loads: set[str]) -> None:
+    loads |= {"tensorrt", "onnxruntime"}
+    asked = Target("auto", 4, (3, 8, 8), device="cuda", options=(("prefer_nhwc", "on"),))
+    found = selection.select(asked)
+    assert found.names == ("onnxruntime",)
+    assert "tensorrt does not: target.options.prefer_nhwc is not tensorrt's" in found.note
+    loads.remove("onnxruntime")
+    with pytest.raises(UsageError, match="prefer_nhwc"):
+        selection.select(asked)
