@@ -112,7 +112,8 @@ def _summary(timed: Timed) -> list[str]:
     engine = f"{timed.target.backend}, batch {timed.target.batch}, {machine.device}{threads}"
     return [
         f"=== {timed.model} ({engine}) ===",
-        f"Throughput: {timed.throughput_qps:.2f} qps ({timed.images_per_s:.1f} images/s)",
+        f"Throughput: {timed.throughput_qps:.2f} qps ({timed.images_per_s:.1f} images/s), by the mean "
+        f"{latency.headline}",
         f"{latency.headline}: min = {latency.min_ms:.4f} ms, max = {latency.max_ms:.4f} ms, "
         f"mean = {latency.mean_ms:.4f} ms, median = {latency.median_ms:.4f} ms, "
         f"percentile(90%) = {latency.p90_ms:.4f} ms, percentile(95%) = {latency.p95_ms:.4f} ms, "

@@ -173,7 +173,8 @@ class Lab:
     # ------------------------------------------------------------ trials
 
     def _trial(self, ask: Ask) -> tuple[Answer, Origin]:
-        key = self._key("trial", ask)
+        # Training on another device rounds otherwise.
+        key = self._key("trial", ask, self._device)
         origin: Origin = "reused"
         stored = self._run.answer("trials", key, "trial.json", TrialRecord)
         if stored is None:

@@ -192,7 +192,9 @@ class _Maker:
         name = engine.path.relative_to(self._folder).as_posix()
         source_name = source.relative_to(self._folder).as_posix()
         self.entries.append(
-            bundle.BundledEngine(wanted, target.backend, name, source_name, engine.build_s, kept)
+            bundle.BundledEngine(
+                wanted, target.backend, name, source_name, engine.build_s, kept, engine.flags
+            )
         )
         if engine.timing_cache is not None:
             self._caches.append(engine.timing_cache)

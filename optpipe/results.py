@@ -19,12 +19,17 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """The original: its graph, its quality on the evaluation images, its latency by itself."""
+    """The original: its graph, its quality on the evaluation images, its latency by itself.
+
+    ``engine`` is relative to the run's folder; what is timed beside it later is held against this one.
+    """
 
     graph: ModelGraph
     quality: Quality
     latency: Latency
     onnx_bytes: int
+    engine: str
+    engine_sha256: str
     epoch: int
     seconds: float
 
@@ -75,6 +80,7 @@ class Shipped:
     parity: Parity | None = None
     kept_in_float: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     failed: str = ""
 

@@ -42,6 +42,7 @@ from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import practise
 from optpipe.pipeline import engines
+from optpipe.pipeline.assembly import known_beforehand
 from optpipe.report import build, schema
 from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
 from optpipe.types import DeviceState, Event
@@ -317,7 +318,9 @@ def test_the_manifest_says_what_the_bundle_was_made_of(finished: Ran, setup: pre
     _, manifest = deploy.bundle.open_bundle(finished.folder)
     recipe = hashlib.sha256((finished.folder / "recipe.toml").read_bytes()).hexdigest()
     fingerprint = setup.backend.fingerprint(setup.target)
-    assert manifest.origin == deploy.Origin(fingerprint, recipe, 0, setup.calibration.names)
+    versions = manifest.origin.versions
+    assert manifest.origin == deploy.Origin(fingerprint, recipe, 0, setup.calibration.names, versions)
+    assert {"optpipe", "torch", "onnxruntime"} <= set(versions)
     assert len(set(manifest.origin.calibration_images)) == 20
     assert manifest.target == setup.target
     assert [entry.source for entry in manifest.engines] == ["model.onnx", "model.int8.onnx"]
@@ -710,7 +713,7 @@ def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
     (warning,) = ran.report.warnings
     assert warning.startswith("1 of 12 evaluation images cannot be read and are left out: ")
     assert warning.endswith("05.png")
-    assert ran.details("warning") == [("data", warning)]
+    assert ran.details("warning") == [("run", warning)]
     assert f"Warning: {warning}." in (copied / "report.md").read_text()
     assert ran.report.data.evaluation_count == 11
 
@@ -722,3 +725,24 @@ def test_options_of_any_plain_type_reach_the_backend_as_words(home: Path) -> Non
         odd = recipes.load(home / "small.toml", ["target.backend=openvino", f"target.options.level={value}"])
         with pytest.raises(UsageError, match=f"target.options.level = '{word}'"):
             preparation.prepare(odd)
+
+
+def test_results_are_held_against_the_engine_that_the_original_was_scored_on(
+    copied: Path, setup: preparation.Setup
+) -> None:
+    forget(copied, "benchmark")
+    path = copied / "01-ingest" / "model.onnx"
+    written = path.stat().st_mtime_ns
+    take(setup, copied)
+    assert path.stat().st_mtime_ns == written
+    forget(copied, "benchmark")
+    path.write_bytes((copied / "deploy" / "model.onnx").read_bytes())
+    with pytest.raises(RunError, match=r"01-ingest/model\.onnx: sha256 is .* is not loaded"):
+        take(setup, copied)
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_for_the_training_takes_longer(setup: preparation.Setup) -> None:
+    assert known_beforehand(setup) == ()
+    on_gpu = replace(setup.bench, target=replace(setup.target, device="cuda"))
+    (warning,) = known_beforehand(replace(setup, benches=(on_gpu,)))
+    assert warning.startswith("torch cannot use the GPU: recovery trains on the CPU")

@@ -9,9 +9,16 @@ from optpipe.errors import RunError
 from optpipe.types import Engine
 
 
-def engine_of(path: Path, build_s: float, timing_cache: Path | None = None, *notes: str) -> Engine:
+def engine_of(
+    path: Path,
+    build_s: float,
+    *,
+    timing_cache: Path | None = None,
+    flags: tuple[tuple[str, str], ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Engine:
     """The record of an engine that was just built, with the sha256 of its file."""
-    return Engine(path, _sha256(_read(path)), build_s, timing_cache, notes)
+    return Engine(path, _sha256(_read(path)), build_s, timing_cache, flags, notes)
 
 
 def checked_bytes(engine: Engine) -> bytes:

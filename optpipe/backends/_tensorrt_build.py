@@ -15,7 +15,7 @@ from optpipe.backends._engine import engine_of
 from optpipe.backends._images import shape_text
 from optpipe.backends._tensorrt_cache import TimingCache, default_path, write_whole
 from optpipe.backends._tensorrt_log import Log, log_of
-from optpipe.backends._tensorrt_options import Options
+from optpipe.backends._tensorrt_options import Options, flags_of
 from optpipe.errors import RunError
 from optpipe.types import Engine, Target
 
@@ -54,7 +54,13 @@ def build_engine(trt: Any, source: Path, target: Target, options: Options, folde
         notes = cache.notes + notes
     engine = _write(folder / "engine.plan", bytes(plan))
     kept = cache.path if cache is not None and cache.path.is_file() else None
-    return engine_of(engine, time.perf_counter() - begin, kept, *notes)
+    return engine_of(
+        engine,
+        time.perf_counter() - begin,
+        timing_cache=kept,
+        flags=(("strongly_typed", "on"), ("tf32", "off"), *flags_of(options)),
+        notes=tuple(notes),
+    )
 
 
 def _parse(parser: Any, source: Path, log: Log) -> None:

@@ -72,6 +72,23 @@ def options_of(target: Target) -> Options:
     )
 
 
+def flags_of(options: Options) -> tuple[tuple[str, str], ...]:
+    """What an engine is built with, defaults included, in words; the timing cache decides nothing."""
+    return (
+        ("profile", ",".join(str(batch) for batch in options.profile)),
+        ("optimization_level", _given(options.optimization_level)),
+        ("workspace_mb", _given(options.workspace_mb)),
+        ("max_aux_streams", _given(options.max_aux_streams)),
+        ("avg_timing_iterations", str(options.avg_timing_iterations)),
+        ("sparse_weights", "on" if options.sparse_weights else "off"),
+        ("cuda_graph", "on" if options.cuda_graph else "off"),
+    )
+
+
+def _given(value: int | None) -> str:
+    return "TensorRT's default" if value is None else str(value)
+
+
 def _check_target(target: Target) -> None:
     if target.device != "cuda":
         raise UsageError(

@@ -120,7 +120,8 @@ def build(source: Path, target: Target, folder: Path) -> Engine:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {engine}: {error.strerror}") from error
-    return engine_of(engine, time.perf_counter() - begin)
+    flags = tuple((name, "on" if on else "off") for name, on in switches.items())
+    return engine_of(engine, time.perf_counter() - begin, flags=flags)
 
 
 def load(engine: Engine, target: Target) -> Session:

@@ -6,7 +6,7 @@ An optimized model is stored as its original architecture's name, a plan and saf
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class BundledEngine:
     source: str
     build_s: float
     kept_in_float: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Origin:
     recipe_sha256: str
     seed: int
     calibration_images: tuple[str, ...]
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,12 +92,17 @@ def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
     timed = [(f"the original at {setup.target.precision}", final.original)]
     timed += [(f"the result at {one.precision}", one.latency) for one in final.results]
     misleading = (f"{name}: {warning}" for name, latency in timed for warning in latency.warnings)
-    return (*skipped(setup), *_drifted(results.ingest), *left_out, *misleading)
+    return (*known_beforehand(setup), *_drifted(results.ingest), *left_out, *misleading)
 
 
-def skipped(setup: Setup) -> tuple[str, ...]:
-    """A line for each image set of which some images could not be read."""
+def known_beforehand(setup: Setup) -> tuple[str, ...]:
+    """What to warn of from the start: images that cannot be read, a GPU that torch cannot use."""
     lines: list[str] = []
+    if setup.device != setup.target.device:
+        lines.append(
+            f"torch cannot use the GPU: recovery trains on the {setup.device.upper()}, which takes longer; "
+            "optpipe doctor --gpu says what is missing"
+        )
     for split, images in (("calibration", setup.calibration), ("evaluation", setup.evaluation)):
         if images.skipped:
             names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")

@@ -11,17 +11,28 @@ import numpy as np
 from optpipe import building, data, store, timing
 from optpipe.errors import RunError
 from optpipe.preparation import Setup
+from optpipe.results import Ingested
 from optpipe.types import Engine, Latency, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def build_original(setup: Setup, opened: store.Run) -> building.Built:
-    """The original's engine, in the folder of its stage."""
+def build_original(setup: Setup, opened: store.Run) -> Engine:
+    """The original's engine, built in the folder of its stage."""
     folder = opened.stage_folder("ingest")
     exported = building.export(setup.original, setup.bench, folder)
-    return building.build(exported, setup.bench, folder)
+    # A builder times kernels too: nobody else measures meanwhile.
+    with timing.device_lock(setup.target.device):
+        return building.build(exported, setup.bench, folder).engine
+
+
+def original(setup: Setup, opened: store.Run, ingested: Ingested) -> Engine:
+    """The engine that the original was scored and timed on; built anew where the machine is another one."""
+    path = opened.folder / ingested.engine
+    if path.is_file() and setup.backend.fingerprint(setup.target) == ingested.latency.fingerprint:
+        return Engine(path, ingested.engine_sha256, build_s=0.0)
+    return build_original(setup, opened)
 
 
 def time_beside(setup: Setup, baseline: Session, result: Session) -> timing.PairedMeasurement:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from optpipe import contest, environment, files, selection, store, timing
 from optpipe.errors import UsageError
-from optpipe.pipeline.assembly import assemble, skipped
+from optpipe.pipeline.assembly import assemble, known_beforehand
 from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
 from optpipe.pipeline.shipping import benchmark, export
 from optpipe.preparation import Setup
@@ -42,8 +42,8 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         device = setup.target.device
         described = environment.describe(setup.backend.fingerprint(setup.target), device)
         files.write_atomically(opened.folder / "environment.json", store.to_json(described))
-        for warning in skipped(setup):
-            tell(Event("warning", "data", warning))
+        for warning in known_beforehand(setup):
+            tell(Event("warning", "run", warning))
         stages = Stages(opened, tell)
         ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened))
         if opened.stage_result("analyze", Analyzed) is None:
@@ -52,7 +52,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         pruned = stages.take("prune", Pruned, lambda: prune(setup, opened, analyzed.choice))
         recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, analyzed.choice, tell))
         exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice, tell))
-        final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, exported))
+        final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, ingested, exported))
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
         # What is reused may have been measured elsewhere than here.
         measured_on = environment.describe(final.original.fingerprint, device)

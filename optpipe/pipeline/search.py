@@ -17,8 +17,8 @@ from optpipe.types import Choice, Emit, Event, Scene
 def ingest(setup: Setup, opened: store.Run) -> Ingested:
     """Export, build, score and time the original."""
     folder = opened.stage_folder("ingest")
-    built = engines.build_original(setup, opened)
-    with engines.session(setup.bench, built.engine) as session:
+    engine = engines.build_original(setup, opened)
+    with engines.session(setup.bench, engine) as session:
         onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
         logits = engines.logits(session, setup.evaluation)
         latency = engines.time_alone(setup, session)
@@ -28,14 +28,23 @@ def ingest(setup: Setup, opened: store.Run) -> Ingested:
     onnx = folder / building.ONNX
     if not onnx.exists():
         onnx_export.export(setup.original, setup.target.input_shape, setup.target.batch, onnx)
-    return Ingested(setup.graph, measured, latency, onnx.stat().st_size, 0, 0.0)
+    return Ingested(
+        graph=setup.graph,
+        quality=measured,
+        latency=latency,
+        onnx_bytes=onnx.stat().st_size,
+        engine=str(engine.path.relative_to(opened.folder)),
+        engine_sha256=engine.sha256,
+        epoch=0,
+        seconds=0.0,
+    )
 
 
 def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
     """On resume, time the original again; where it moved too far, begin a new epoch of latencies."""
     if not any((opened.folder / "engines").glob("*/latency.json")):
         return ingested
-    with engines.session(setup.bench, engines.build_original(setup, opened).engine) as session:
+    with engines.session(setup.bench, engines.original(setup, opened, ingested)) as session:
         now = engines.time_alone(setup, session)
     moved = now.median_ms / ingested.latency.median_ms - 1.0
     limit = setup.recipe.timing.drift

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optpipe import building, deploy, files, graph, onnx_export, precision, quality, store
+from optpipe import (
+    building,
+    deploy,
+    environment,
+    files,
+    graph,
+    onnx_export,
+    precision,
+    quality,
+    store,
+    timing,
+)
 from optpipe.errors import OptpipeError
 from optpipe.pipeline import engines
 from optpipe.preparation import Setup
-from optpipe.results import Benchmarked, Exported, Scored, Shipped
+from optpipe.results import Benchmarked, Exported, Ingested, Scored, Shipped
 from optpipe.types import Choice, Emit, Engine, Event, Latency
 
 if TYPE_CHECKING:
@@ -53,11 +64,13 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         input_shape=shape,
         preprocess=setup.recipe.data.preprocess,
     )
+    described = environment.describe(setup.backend.fingerprint(setup.target), setup.target.device)
     origin = deploy.Origin(
         fingerprint=setup.backend.fingerprint(setup.target),
         recipe_sha256=store.file_sha256(opened.folder / store.RECIPE),
         seed=setup.recipe.run.seed,
         calibration_images=setup.calibration.names,
+        versions={"optpipe": described.optpipe, "python": described.python} | described.versions,
     )
     bundled = [
         deploy.BundledEngine(
@@ -67,6 +80,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
             Path(one.source).relative_to("deploy").as_posix(),
             one.build_s,
             one.kept_in_float,
+            one.flags,
         )
         for one in shipped
         if not one.failed
@@ -81,7 +95,8 @@ def _ship(
     """Build one engine of the bundle and hold it against torch."""
     wanted = bench.target.precision
     folder = exported.parent / "engines" / wanted
-    built = building.build(exported, bench, folder, emit=emit)
+    with timing.device_lock(bench.target.device):
+        built = building.build(exported, bench, folder, emit=emit)
     engine = built.engine
     try:
         with engines.session(bench, engine) as session:
@@ -93,6 +108,10 @@ def _ship(
         if engine.path != exported:
             engine.path.unlink(missing_ok=True)
         raise
+    if bench.backend.SOURCE == "program" and wanted in {"fp16", "int8"}:
+        # The engine is built from the program; its ONNX twin is for other engines.
+        onnx = exported.with_name(building.ONNX)
+        precision.convert(onnx, onnx.with_name(f"model.{wanted}.onnx"), wanted, bench.images, bench.quantize)
     if engine.timing_cache is not None:
         shutil.copyfile(engine.timing_cache, exported.parent / "timing.cache")
     return Shipped(
@@ -106,17 +125,18 @@ def _ship(
         parity=parity,
         kept_in_float=() if built.converted is None else built.converted.kept_in_float,
         tables=() if built.converted is None else precision.tables(built.converted),
+        flags=engine.flags,
         notes=engine.notes,
     )
 
 
-def benchmark(setup: Setup, opened: store.Run, exported: Exported) -> Benchmarked:
+def benchmark(setup: Setup, opened: store.Run, ingested: Ingested, exported: Exported) -> Benchmarked:
     """The original and each shipped engine side by side: latency in turn, and accuracy."""
     first: Latency | None = None
     scored: list[Scored] = []
     fingerprint = setup.backend.fingerprint(setup.target)
     reference, labels = engines.reference(opened), engines.labels(setup.evaluation)
-    with engines.session(setup.bench, engines.build_original(setup, opened).engine) as baseline:
+    with engines.session(setup.bench, engines.original(setup, opened, ingested)) as baseline:
         for one in exported.engines:
             if one.failed:
                 continue

@@ -70,7 +70,7 @@ def _verdict(report: Report) -> str:
 def _side_by_side(report: Report) -> str:
     original, result = report.original, report.result
     rows = [
-        ("", "original", "result", "change"),
+        ("", *_heads(report), "change"),
         ("---", "---:", "---:", "---:"),
         (
             f"{original.quality.metric} ({original.quality.count} images)",
@@ -90,7 +90,8 @@ def _side_by_side(report: Report) -> str:
             "p90 / p95 / p99 ms",
             _percentiles(original.latency),
             _percentiles(result.latency),
-            f"{result.latency.samples} pairs",
+            f"{result.latency.samples} pairs"
+            + ("" if result.latency.converged else ", ended by `timing.final_budget_s`"),
         ),
         _count_row("parameters", original.parameters, result.parameters),
         _count_row("MACs of one image", original.macs, result.macs),
@@ -179,6 +180,14 @@ def _engines(report: Report) -> str:
     elif count.builds_s:
         lines.append("This backend keeps no cache of builds.")
     return " ".join(lines)
+
+
+def _heads(report: Report) -> tuple[str, str]:
+    """What is compared; below fp32 the original is the original at that precision."""
+    precision = report.target.precision
+    return (
+        ("original", "result") if precision == "fp32" else (f"original, {precision}", f"result, {precision}")
+    )
 
 
 def _optional_rows(original: NetworkReport, result: NetworkReport) -> list[tuple[str, str, str, str]]:

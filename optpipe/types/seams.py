@@ -29,14 +29,15 @@ class Sample:
 class Engine:
     """A built engine. Loading one compares its bytes with ``sha256`` first: a plan is executable code.
 
-    ``timing_cache`` is the cache that sped its build up, where the backend keeps one; ``notes`` are what the
-    builder wants the user to know.
+    ``timing_cache`` is the cache that sped its build up, where the backend keeps one; ``flags`` are the
+    options that it was built with, defaults included; ``notes`` are what the builder wants the user to know.
     """
 
     path: Path
     sha256: str
     build_s: float
     timing_cache: Path | None = None
+    flags: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 

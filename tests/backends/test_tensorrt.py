@@ -137,7 +137,8 @@ def test_the_engine_lies_in_the_folder_and_nothing_temporary_beside_it(
 def test_tf32_is_off_and_all_else_is_left_to_tensorrt_unless_the_recipe_says_so(
     machine: Machine, onnx: Path, tmp_path: Path
 ) -> None:
-    backend.build(onnx, target_of(), tmp_path)
+    left = dict(backend.build(onnx, target_of(), tmp_path).flags)
+    assert (left["tf32"], left["optimization_level"]) == ("off", "TensorRT's default")
     options = {
         "optimization_level": "5",
         "workspace_mb": "64",
@@ -145,7 +146,8 @@ def test_tf32_is_off_and_all_else_is_left_to_tensorrt_unless_the_recipe_says_so(
         "avg_timing_iterations": "3",
         "sparse_weights": "on",
     }
-    backend.build(onnx, target_of(*options.items()), tmp_path)
+    flags = dict(backend.build(onnx, target_of(*options.items()), tmp_path).flags)
+    assert {name: flags[name] for name in options} == options
     plain, asked = machine.configs
     assert (plain.flags, plain.pools, plain.avg_timing_iterations) == (set(), {}, 8)
     assert (plain.builder_optimization_level, plain.max_aux_streams) == (3, 0)
