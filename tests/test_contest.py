@@ -79,6 +79,16 @@ def network() -> fx.GraphModule:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretended backends run torch and read no file: writing one would only take time."""
+
+    def export(model: nn.Module, bench: building.Workbench, folder: Path) -> Path:
+        return folder / building.ONNX
+
+    monkeypatch.setattr(building, "export", export)
+
+
 @pytest.fixture
 def images() -> Iterator[ImageSet]:
     pixels = torch.randint(0, 256, (8, *SHAPE), generator=torch.Generator().manual_seed(1)).byte()

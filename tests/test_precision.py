@@ -564,7 +564,7 @@ def trained(recipe: Path, folder: Path) -> tuple[Path, ImageSet, ImageSet]:
 @pytest.mark.parametrize(
     "recipe",
     [
-        "practise.toml",
+        pytest.param("practise.toml", marks=pytest.mark.slow),
         pytest.param("cifar10/practise_resnet56.toml", marks=[pytest.mark.slow, pytest.mark.shared]),
     ],
 )
