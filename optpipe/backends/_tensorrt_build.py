@@ -13,10 +13,11 @@ from typing import Any
 
 from optpipe.backends._engine import engine_of
 from optpipe.backends._images import shape_text
-from optpipe.backends._tensorrt_cache import TimingCache, default_path, write_whole
+from optpipe.backends._tensorrt_cache import TimingCache, default_path
 from optpipe.backends._tensorrt_log import Log, log_of
 from optpipe.backends._tensorrt_options import Options, flags_of
 from optpipe.errors import RunError
+from optpipe.files import write_atomically
 from optpipe.types import Engine, Target
 
 _NO_GPU = "check the GPU and its driver with optpipe doctor --gpu"
@@ -52,7 +53,8 @@ def build_engine(trt: Any, source: Path, target: Target, options: Options, folde
     if cache is not None:
         cache.save()
         notes = cache.notes + notes
-    engine = _write(folder / "engine.plan", bytes(plan))
+    engine = folder / "engine.plan"
+    write_atomically(engine, bytes(plan))
     kept = cache.path if cache is not None and cache.path.is_file() else None
     return engine_of(
         engine,
@@ -130,12 +132,3 @@ def _timing_cache(trt: Any, config: Any, options: Options, log: Log) -> TimingCa
     if cache.notes:
         log.errors.clear()  # about the file that was dropped: if the build fails, it is for another reason
     return cache
-
-
-def _write(path: Path, plan: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, plan)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path

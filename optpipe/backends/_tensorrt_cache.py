@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.backends import _cuda
+from optpipe.errors import RunError
+from optpipe.files import write_atomically
 
 
 def default_path(version: str) -> Path:
@@ -51,7 +53,9 @@ class TimingCache:
             with _locked(self.path):
                 content = self._grown()
                 if content is not None:
-                    write_whole(self.path, content)
+                    write_atomically(self.path, content)
+        except RunError as error:
+            self.notes.append(f"the timing cache is not kept: {error}")
         except OSError as error:
             self.notes.append(f"the timing cache {self.path} cannot be written: {error.strerror}")
 
@@ -76,19 +80,6 @@ class TimingCache:
         except OSError as error:
             self.notes.append(f"the timing cache {self.path} cannot be read: {error.strerror}")
             return b""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _set(config: Any, content: bytes) -> bool:

@@ -27,7 +27,8 @@ from typing import Literal
 
 from optpipe.backends import _cuda, _nvml, _processor
 from optpipe.backends._engine import checked_bytes, engine_of
-from optpipe.errors import MissingError, RunError, UsageError
+from optpipe.errors import MissingError, UsageError
+from optpipe.files import write_atomically
 from optpipe.types import Engine, Fingerprint, Precision, Session, Target
 
 SOURCE: Literal["onnx", "program"] = "program"
@@ -112,14 +113,7 @@ def build(source: Path, target: Target, folder: Path) -> Engine:
     switches = _switches(target)
     package = compiled(source, target, freezing=switches["freezing"], max_autotune=switches["max_autotune"])
     engine = folder / "engine.pt2"
-    temporary = folder / f".engine.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(package)
-        temporary.replace(engine)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {engine}: {error.strerror}") from error
+    write_atomically(engine, package)
     flags = tuple((name, "on" if on else "off") for name, on in switches.items())
     return engine_of(engine, time.perf_counter() - begin, flags=flags)
 
