@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,22 @@ from optpipe.types import ChannelGroup
 # Following every channel is slow where there are many layers; these few, spread evenly, show the same ties.
 _PROBES = 9
 
+# What can lose single channels without any other channel noticing.
+_NARROWABLE = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU)
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """Channels of one part of a network that go when others go: outputs of it, or inputs only."""
+
+    part: nn.Module | nn.Parameter
+    outputs: bool
+    channels: frozenset[int]
+
+
+# From a layer and some of its output channels to all that goes with them.
+Follow = Callable[[nn.Module, Sequence[int]], list[Touched]]
+
 
 def channel_groups(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> tuple[ChannelGroup, ...]:
     """Every group of layers whose output channels are tied, in execution order.
@@ -21,6 +38,11 @@ def channel_groups(traced: fx.GraphModule, input_shape: tuple[int, int, int]) ->
     The ties are those of torch-pruning's dependency graph. A group that it cannot follow is not prunable
     and says why; so is the one that makes the logits.
     """
+    return groups_of(traced, dependencies(traced, input_shape))
+
+
+def groups_of(traced: fx.GraphModule, follow: Follow | str) -> tuple[ChannelGroup, ...]:
+    """The groups by these dependencies; by why there are none, each layer on its own and not prunable."""
     layers: dict[str, nn.Conv2d | nn.Linear] = {}
     macs: dict[str, int] = {}
     for node in traced.graph.nodes:
@@ -30,7 +52,7 @@ def channel_groups(traced: fx.GraphModule, input_shape: tuple[int, int, int]) ->
             macs[path] = macs.get(path, 0) + node_macs(traced, node)
     last = next(reversed(layers), None)
     groups = []
-    for members, problem in _tied(traced, layers, input_shape):
+    for members, problem in _tied(traced, layers, follow):
         first = layers[members[0]]
         why_not = "its channels are the classes" if last in members else problem
         groups.append(
@@ -49,31 +71,35 @@ def channel_groups(traced: fx.GraphModule, input_shape: tuple[int, int, int]) ->
 
 
 def _tied(
-    traced: fx.GraphModule, layers: dict[str, nn.Conv2d | nn.Linear], input_shape: tuple[int, int, int]
+    traced: fx.GraphModule, layers: dict[str, nn.Conv2d | nn.Linear], follow: Follow | str
 ) -> list[tuple[tuple[str, ...], str]]:
     """(layers whose outputs are tied, why they cannot be pruned or ""), in execution order of the first."""
+    if isinstance(follow, str):
+        return [((path,), follow) for path in layers]
     order = {path: index for index, path in enumerate(layers)}
     paths = {id(module): path for path, module in layers.items()}
-    try:
-        partners = _partners(traced, input_shape)
-    except Exception as error:  # it runs the network and walks its gradient: anything can go wrong there
-        return [((path,), _failure(error)) for path in layers]
     seen: set[str] = set()
     found: list[tuple[tuple[str, ...], str]] = []
     for path, layer in layers.items():
         if path in seen:
             continue
         try:
-            members = {path} | {paths[id(m)] for m in partners(layer) if id(m) in paths}
-            problem = _mismatch(layers, members)
+            touched = follow(layer, _probes(layer.weight.shape[0]))
+            members = {path} | {paths[id(t.part)] for t in touched if t.outputs and id(t.part) in paths}
+            problem = _mismatch(layers, members) or _obstacle(traced, touched)
         except Exception as error:  # one layer that it cannot follow is no reason to lose the others
-            members, problem = {path}, _failure(error)
+            members, problem = {path}, failure(error)
         seen |= members
         found.append((tuple(sorted(members, key=order.__getitem__)), problem))
     return found
 
 
-def _failure(error: Exception) -> str:
+def _probes(width: int) -> list[int]:
+    return sorted({index * (width - 1) // (_PROBES - 1) for index in range(_PROBES)})
+
+
+def failure(error: Exception) -> str:
+    """Why a network or a layer of it has no dependencies, in one line."""
     return f"torch-pruning cannot follow it: {type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -87,10 +113,34 @@ def _mismatch(layers: dict[str, nn.Conv2d | nn.Linear], members: set[str]) -> st
     )
 
 
-def _partners(
-    traced: fx.GraphModule, input_shape: tuple[int, int, int]
-) -> Callable[[nn.Module], list[nn.Module]]:
-    """A function from a layer to the modules whose outputs are pruned together with its own."""
+def _obstacle(traced: fx.GraphModule, touched: list[Touched]) -> str:
+    """Why channels that reach these parts cannot go without a change to those that stay; "" if they can."""
+    paths = {id(module): path for path, module in traced.named_modules()}
+    for part in (t.part for t in touched):
+        if isinstance(part, nn.Parameter):
+            return f"its channels meet a parameter of shape {tuple(part.shape)} that belongs to no layer"
+        path = paths.get(id(part))
+        if path is None:  # torch-pruning's stand-in for a function
+            continue
+        if not isinstance(part, _NARROWABLE):
+            return f"its channels pass through {path}, and no {type(part).__name__} is narrowed"
+        if isinstance(part, nn.Conv2d) and 1 < part.groups == part.out_channels != part.in_channels:
+            return f"its channels pass through {path}, which joins several of them to one, group by group"
+    return ""
+
+
+def dependencies(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> Follow | str:
+    """A function from output channels of a layer to all that goes with them, the layer's own included.
+
+    Where torch-pruning cannot follow the network: why, in one line.
+    """
+    try:
+        return _dependencies(traced, input_shape)
+    except Exception as error:  # it runs the network and walks its gradient: anything can go wrong there
+        return failure(error)
+
+
+def _dependencies(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> Follow:
     import torch_pruning
 
     like = next(traced.parameters())
@@ -106,11 +156,12 @@ def _partners(
         for parameter in frozen:
             parameter.requires_grad_(False)
 
-    def partners(layer: nn.Module) -> list[nn.Module]:
+    def follow(layer: nn.Module, channels: Sequence[int]) -> list[Touched]:
         pruner = graph.get_pruner_of_module(layer)
-        width = pruner.get_out_channels(layer)
-        probes = sorted({index * (width - 1) // (_PROBES - 1) for index in range(_PROBES)})
-        group = graph.get_pruning_group(layer, pruner.prune_out_channels, probes)
-        return [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
+        group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
+        return [
+            Touched(dep.target.module, graph.is_out_channel_pruning_fn(dep.handler), frozenset(indices))
+            for dep, indices in group
+        ]
 
-    return partners
+    return follow

@@ -1,4 +1,4 @@
-"""Taking blocks out of a traced network."""
+"""Taking blocks and channels out of a traced network."""
 
 from __future__ import annotations
 
@@ -11,34 +11,52 @@ from optpipe.errors import UsageError
 from optpipe.graph.blocks import Residual, residuals
 from optpipe.graph.flow import relu_ceiling
 from optpipe.graph.trace import module_of, propagate, trace
+from optpipe.graph.widths import narrow, removals
 from optpipe.types import Plan
 
 
 def apply(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> fx.GraphModule:
-    """The candidate: a copy of ``model`` without the plan's blocks; equal to it with their branches at zero.
+    """The candidate: a copy of ``model`` without the plan's blocks and channels.
 
-    Its state_dict keys are the original's without those of the dropped blocks.
-    Raises UsageError for a block that does not exist or cannot be dropped.
+    It equals the original with the branches of those blocks at zero, and with those channels at zero where
+    they are read. Blocks and groups are named as in the original. The blocks go first, then the channels
+    of whatever is left: where all of a group's layers went with a block, its entry changes nothing.
+    State_dict keys are the original's without those of the dropped blocks.
+    Raises UsageError for a block or group that does not exist or cannot be dropped or narrowed, and for
+    channels that are no ascending choice of the group's.
     """
+    if plan.input_hw is not None:
+        raise UsageError("this plan changes the resolution; only drop_blocks and keep_channels are applied")
     traced = trace(model, input_shape)
-    drop(traced, chosen(residuals(traced), plan))
+    dropped = _droppable(residuals(traced), plan.drop_blocks)
+    removed = removals(traced, plan.keep_channels, input_shape)
+    drop(traced, dropped)
+    if removed:
+        narrow(traced, removed, input_shape)
     propagate(traced, input_shape)
     return traced
 
 
 def chosen(found: list[Residual], plan: Plan) -> list[Residual]:
-    """The plan's blocks in execution order; UsageError for one that is unknown or not droppable."""
+    """The blocks of a plan that drops nothing else, in execution order.
+
+    Raises UsageError for a plan that does more, and for a block that is unknown or not droppable.
+    """
     if plan.keep_channels or plan.input_hw is not None:
         raise UsageError("this plan narrows channels or changes the resolution; only drop_blocks is applied")
+    return _droppable(found, plan.drop_blocks)
+
+
+def _droppable(found: list[Residual], names: tuple[str, ...]) -> list[Residual]:
     known = {residual.block.name: residual for residual in found}
-    for name in plan.drop_blocks:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             hint = f"did you mean {near[0]!r}?" if near else "the network has no residual block"
             raise UsageError(f"no residual block is named {name!r}; {hint}")
         if not known[name].block.droppable:
             raise UsageError(f"block {name!r} cannot be dropped: {known[name].block.why_not}")
-    return [residual for residual in found if residual.block.name in plan.drop_blocks]
+    return [residual for residual in found if residual.block.name in names]
 
 
 def drop(traced: fx.GraphModule, dropped: list[Residual]) -> None:
