@@ -50,7 +50,7 @@ def in_blocks_of_their_own(function: Callable[[], T]) -> T:
 
     A package keeps its weights in one block from malloc, which promises 16 bytes of alignment where the
     kernels read 64 at a time. Blocks from the heap start at any multiple of 16: of two sessions of one
-    ResNet-56 the second then took 0.92 to 0.95 times as long as the first, for as long as they lived.
+    network one was then several percent slower than the other, for as long as they lived.
     Blocks of their own all start 16 bytes into a page: as in a process that opens a single package. The
     function runs in a thread of its own, whose heap has no large free block to give out instead.
 
