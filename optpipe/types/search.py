@@ -11,33 +11,50 @@ from optpipe.types.network import ModelGraph, Plan
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import fx, nn
 
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """How to train a candidate to mimic the original's features.
+    """How to train a candidate.
 
+    ``loss``: "mimic" compares its features with the original's, "labels" its logits with the labels.
     ``trainable``: "adaptors" trains only the 1x1 adaptors around the dropped blocks, "backbone" everything
-    but the classifier. ``schedule``: "step" multiplies the rate by 0.1 after every 40% of the steps,
-    "cosine" anneals it to 0; both rise linearly over the share ``warmup`` of the steps. ``stage_weight``
-    adds the error of each stage's output to that of the features. ``autocast``: "auto" computes in bfloat16
-    where the processor does so natively.
+    but the classifier, "all" everything. ``schedule``: "step" multiplies the rate by 0.1 after every 40% of
+    the steps, "milestones" by ``decay`` at each of the shares ``milestones`` of them, "cosine" anneals it to
+    0; all rise linearly over the share ``warmup`` of the steps. ``epochs``, where it is given, decides the
+    steps. ``stage_weight`` adds the error of each stage's output to that of the features. ``autocast``:
+    "auto" computes in bfloat16 where the processor does so natively.
+
+    With ``loss = "labels"``, each of ``views`` random views of an image adds its cross-entropy and, with
+    ``teachers``, the divergence from them at ``temperature`` (EKG, Eq. 12): "single" is the original,
+    "ensemble" the mean of those of ``bank`` interim networks that are still ahead of the student (Eq. 13).
+    ``rescale`` gives each kernel that lost inputs its old norm back before training, the batch-norm after
+    it scaled alike, so that the network computes what it did.
     """
 
     steps: int
+    epochs: float | None = None
     batch: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"
+    schedule: Literal["step", "milestones", "cosine"] = "step"
+    milestones: tuple[float, ...] = ()
+    decay: float = 0.1
     warmup: float = 0.0
+    loss: Literal["mimic", "labels"] = "mimic"
     stage_weight: float = 0.0
-    trainable: Literal["adaptors", "backbone"] = "backbone"
+    teachers: Literal["none", "single", "ensemble"] = "none"
+    bank: int = 5
+    temperature: float = 4.0
+    views: int = 1
+    rescale: bool = False
+    trainable: Literal["adaptors", "backbone", "all"] = "backbone"
     batch_norm: Literal["train", "eval"] = "train"
-    augment: Literal["none", "resized_crop", "shift_cutmix"] = "resized_crop"
+    augment: Literal["none", "resized_crop", "shift", "shift_color", "shift_cutmix"] = "resized_crop"
     autocast: Literal["auto", "off", "bf16"] = "off"
 
 
@@ -90,8 +107,26 @@ class StepResult:
     seconds: float = 0.0
 
 
-Request = Ask | Step
-Answer = Trial | StepResult
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train a candidate on some of the calibration images (all of them by default) and hand it over."""
+
+    plan: Plan
+    tune: Tune
+    images: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a :class:`Train` came to. ``network`` is in eval mode, for reading only. Not JSON-able."""
+
+    key: str
+    network: fx.GraphModule
+    seconds: float = 0.0
+
+
+Request = Ask | Step | Train
+Answer = Trial | StepResult | Trained
 Cell = str | int | float | bool | None
 
 
@@ -105,13 +140,30 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Interim:
+    """A network on the way from the original to the chosen one, a teacher for its recovery.
+
+    ``loss`` is its cross-entropy to labels where the search measured it.
+    """
+
+    plan: Plan
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """Where a search ended: what to take out, how to recover, why, and the tables that show it."""
+    """Where a search ended: what to take out, how to recover, why, and the tables that show it.
+
+    ``weights`` is the key of the :class:`Trained` whose weights the plans are applied to; "" is the original.
+    ``interim`` are the networks on the way, the original's own first, the chosen one last.
+    """
 
     plan: Plan
     recover: Tune
     reason: str
     tables: tuple[Table, ...] = ()
+    weights: str = ""
+    interim: tuple[Interim, ...] = ()
 
 
 Search = Generator[Sequence[Request], Sequence[Answer], Choice]
@@ -121,11 +173,14 @@ Search = Generator[Sequence[Request], Sequence[Answer], Choice]
 class Budget:
     """What the result must meet; exactly one field is set.
 
-    ``latency_reduction`` is a fraction of the original's latency, ``latency_ms`` an absolute time.
+    ``latency_reduction`` is a fraction of the original's latency, ``latency_ms`` an absolute time;
+    ``macs_reduction`` and ``parameters_reduction`` are fractions of the original's.
     """
 
     latency_reduction: float | None = None
     latency_ms: float | None = None
+    macs_reduction: float | None = None
+    parameters_reduction: float | None = None
     drop_blocks: int | None = None
 
     def allowed_ratio(self, baseline: Latency) -> float | None:
