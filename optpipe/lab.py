@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from optpipe import building, files, graph, quality, store, timing, tune
+from optpipe import building, data, files, graph, quality, store, timing, tune
 from optpipe.types import (
     Answer,
     Ask,
@@ -23,7 +23,6 @@ from optpipe.types import (
     Engine,
     EngineCount,
     Event,
-    Images,
     Latency,
     Plan,
     Quality,
@@ -32,6 +31,8 @@ from optpipe.types import (
     Session,
     Step,
     StepResult,
+    Train,
+    Trained,
     Trial,
 )
 
@@ -71,7 +72,7 @@ class Subject:
 
     original: fx.GraphModule
     model_digest: str
-    calibration: Images
+    calibration: data.ImageSet
     seed: int
 
 
@@ -99,8 +100,13 @@ class Lab:
         clock: Clock,
         epoch: int,
         emit: Emit,
+        *,
+        checkpoint_every: int = 50,
     ) -> None:
-        """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused."""
+        """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused.
+
+        ``checkpoint_every`` is how many steps a candidate trains between two checkpoints.
+        """
         self._run = run
         self._subject = subject
         self._bench = bench
@@ -109,6 +115,7 @@ class Lab:
         self._clock = clock
         self._epoch = epoch
         self._emit = emit
+        self._checkpoint_every = checkpoint_every
         self._fingerprint = bench.backend.fingerprint(bench.target)
         self._baseline: Session | None = None
         self._asked = 0
@@ -143,6 +150,9 @@ class Lab:
             if isinstance(request, Step):
                 answer, origin = self._step(request)
                 name = request.name
+            elif isinstance(request, Train):
+                answer, origin = self._train(request)
+                name = f"trained {plan_name(request.plan)}"
             else:
                 answer, origin = self._trial(request)
                 name = plan_name(request.plan)
@@ -163,6 +173,35 @@ class Lab:
         result = StepResult(key, step.name, values, watch.seconds)
         self._run.store_answer("trials", key, "step.json", result)
         return result, "computed"
+
+    def _train(self, request: Train) -> tuple[Answer, Origin]:
+        """A trained candidate; its weights stay with the run, for whoever goes on from them."""
+        subject = self._subject
+        request = replace(request, tune=tune.on_this_machine(request.tune, self._device))
+        key = self._key("train", request, self._device)
+        watch = timing.Stopwatch()
+        candidate = graph.apply(subject.original, request.plan, self._target.input_shape)
+        path = self._run.weights(key)
+        if path.exists():
+            store.load_tensors(candidate, path)
+            return Trained(key, candidate, watch.seconds), "reused"
+        images = subject.calibration
+        if request.images is not None:
+            images = data.part(images, request.images)
+        checkpoint = path.with_name("checkpoint.safetensors")
+        tune.train(
+            candidate,
+            subject.original,
+            images,
+            request.tune,
+            seed=subject.seed,
+            checkpoint=store.DiskCheckpoint(checkpoint, self._checkpoint_every),
+            emit=self._emit,
+            device=self._device,
+        )
+        store.save_tensors(path, candidate.state_dict())
+        checkpoint.unlink(missing_ok=True)
+        return Trained(key, candidate, watch.seconds), "computed"
 
     def _key(self, kind: str, *depends: object) -> str:
         subject = self._subject
@@ -226,7 +265,7 @@ class Lab:
         )
         if adapted:
             candidate = graph.fold(candidate)
-        store.save_tensors(folder / "weights.safetensors", candidate.state_dict())
+        store.save_tensors(folder / store.WEIGHTS, candidate.state_dict())
         return candidate
 
     def _calibration_quality(self, candidate: fx.GraphModule) -> Quality:

@@ -26,10 +26,12 @@ from optpipe.types import Event
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 T = TypeVar("T")
 
 RECIPE = "recipe.toml"
+WEIGHTS = "weights.safetensors"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
 
@@ -99,6 +101,10 @@ class Run:
     def trial_folder(self, key: str) -> Path:
         """The folder of a trial or step."""
         return self.folder / "trials" / key
+
+    def weights(self, key: str) -> Path:
+        """Where the weights of a trained candidate are."""
+        return self.trial_folder(key) / WEIGHTS
 
     def engine_folder(self, key: str) -> Path:
         """The folder of an engine: trials of equal structure on one target share it."""
@@ -275,3 +281,21 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items()
     }
     write_atomically(path, save(copies))
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Fill a network of the same structure from safetensors, in place.
+
+    Raises:
+        UsageError: the file is missing or its keys or shapes are another network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: does not fit the network: {first}") from None

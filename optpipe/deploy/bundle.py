@@ -143,26 +143,8 @@ def load(run: str | Path) -> nn.Module:
     saved = store.from_json(Saved, (folder / "plan.json").read_bytes())
     original = models.load_model(saved.model, Path(saved.search_folder))
     candidate = graph.apply(original, saved.plan, saved.input_shape)
-    load_weights(candidate, folder / "model.safetensors")
+    store.load_tensors(candidate, folder / "model.safetensors")
     return candidate.eval()
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a network of the same structure from safetensors, in place.
-
-    Raises:
-        UsageError: the file is missing or its keys or shapes are another network's.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: does not fit the network: {first}") from None
 
 
 def verify(run: Path) -> list[str]:

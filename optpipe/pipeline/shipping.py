@@ -40,7 +40,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
     folder = opened.folder / "deploy"
     shutil.rmtree(folder, ignore_errors=True)
     candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
-    deploy.load_weights(candidate, opened.stage_folder("recover") / "weights.safetensors")
+    store.load_tensors(candidate, opened.stage_folder("recover") / store.WEIGHTS)
     shape, batch = setup.target.input_shape, setup.target.batch
     exported = building.export(candidate, setup.bench, folder)
     onnx = folder / building.ONNX
