@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import optpipe
-from optpipe import deploy
+from optpipe import deploy, store
 from optpipe.data import Preprocess
 from optpipe.deploy import bundle, run_engine
 from optpipe.errors import UsageError
@@ -150,7 +150,7 @@ def test_weights_of_another_network_are_refused_in_one_line(run: Path) -> None:
     from torch import nn
 
     with pytest.raises(UsageError) as error:
-        deploy.load_weights(nn.Linear(2, 2), run / "deploy" / "model.safetensors")
+        store.load_tensors(nn.Linear(2, 2), run / "deploy" / "model.safetensors")
     message = str(error.value)
     assert message.startswith(f"{run / 'deploy' / 'model.safetensors'}: does not fit the network: ")
     assert "\n" not in message
@@ -161,7 +161,7 @@ def test_weights_that_are_missing_or_broken_are_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "model.safetensors"
     with pytest.raises(UsageError, match=r"model\.safetensors: cannot be read: "):
-        deploy.load_weights(nn.Linear(2, 2), path)
+        store.load_tensors(nn.Linear(2, 2), path)
     path.write_bytes(b"\x10")
     with pytest.raises(UsageError, match=r"model\.safetensors: cannot be read: "):
-        deploy.load_weights(nn.Linear(2, 2), path)
+        store.load_tensors(nn.Linear(2, 2), path)
