@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import fx
 
-from optpipe import zoo
+from optpipe import graph, zoo
 from optpipe.errors import UsageError
 from optpipe.zoo.cifar_resnet import PadShortcut
+
+NETWORKS = ("resnet20_cifar", "mobilenet_v2_cifar")
 
 
 def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides() -> None:
@@ -27,25 +29,53 @@ def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides()
         ("resnet32_cifar", 464_154),
         ("resnet44_cifar", 658_586),
         ("resnet56_cifar", 853_018),
+        ("mobilenet_v2_cifar", 2_236_682),
     ],
 )
 def test_parameters_are_those_of_the_published_networks(name: str, parameters: int) -> None:
     assert sum(p.numel() for p in zoo.build(name).parameters()) == parameters
 
 
-def test_classes_and_channels_reach_the_network() -> None:
-    model = zoo.build("resnet20_cifar", classes=7, in_channels=1).eval()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_classes_and_channels_reach_the_network(name: str) -> None:
+    model = zoo.build(name, classes=7, in_channels=1).eval()
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
 
 
-def test_a_symbolic_trace_computes_the_same() -> None:
-    model = zoo.build("resnet20_cifar").eval()
+def test_mobilenet_halves_a_small_image_three_times() -> None:
+    model = zoo.build("mobilenet_v2_cifar").eval()
+    x = torch.zeros(1, 3, 32, 32)
+    heights = [x.shape[-1]]
+    for stage in model.get_submodule("features").children():
+        x = stage(x)
+        heights.append(x.shape[-1])
+    assert heights == [32] * 5 + [16] * 3 + [8] * 7 + [4] * 5
+
+
+def test_mobilenets_blocks_and_channel_groups_are_found() -> None:
+    found = graph.inspect(zoo.build("mobilenet_v2_cifar"), (3, 32, 32))
+    # Of the 17 blocks those that keep size and channels: one of 24, two of 32, three of 64, two of 96 and
+    # two of 160.
+    assert [block.name for block in found.droppable] == [
+        f"features.{number}" for number in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)
+    ]
+    # One group for each of the 17 expanded widths (the stem's is the first block's), the seven stages, the
+    # last convolution; only the classes must stay.
+    assert [group.name for group in found.groups if not group.prunable] == ["classifier.1"]
+    assert len(found.groups) == 17 + 7 + 1 + 1
+    assert found.macs == 87_976_448
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_symbolic_trace_computes_the_same(name: str) -> None:
+    model = zoo.build(name).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fx.symbolic_trace(model)(x), model(x))
 
 
-def test_the_exported_network_agrees_with_torch_at_any_batch(tmp_path: Path) -> None:
-    model = zoo.build("resnet20_cifar").eval()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_exported_network_agrees_with_torch_at_any_batch(name: str, tmp_path: Path) -> None:
+    model = zoo.build(name).eval()
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "model.onnx"
     torch.onnx.export(
