@@ -28,11 +28,10 @@ def render(report: Report) -> str:
 def summary(report: Report, folder: str) -> list[str]:
     """At most 15 lines for a terminal."""
     original, result = report.original, report.result
-    dropped = " ".join(report.plan.drop_blocks) or "nothing"
     lines = [
         f"{report.name}: {report.method} on {report.model}, {report.target.backend} "
         f"(batch {report.target.batch}, {report.environment.executed_on})",
-        f"  dropped     {dropped}",
+        *_taken_out(report),
         f"  latency     {original.latency.median_ms:.3f} -> {result.latency.median_ms:.3f} ms   "
         f"{_change(result.latency)}",
         f"  {original.quality.metric:<10}  {_quality(original.quality)} -> {_quality(result.quality)}"
@@ -58,6 +57,19 @@ def summary(report: Report, folder: str) -> list[str]:
         f"  report      {folder}/report.md",
     ]
     return lines[:14] + lines[-1:] if len(lines) > 15 else lines
+
+
+def _taken_out(report: Report) -> list[str]:
+    """What the plan takes out, a line for each kind."""
+    plan = report.plan
+    lines = []
+    if plan.drop_blocks or not plan.keep_channels:
+        lines.append(f"  dropped     {' '.join(plan.drop_blocks) or 'nothing'}")
+    if plan.keep_channels:
+        kept = ", ".join(f"{name} {len(channels)}" for name, channels in plan.keep_channels[:3])
+        more = ", ..." if len(plan.keep_channels) > 3 else ""
+        lines.append(f"  narrowed    {len(plan.keep_channels)} channel groups: {kept}{more}")
+    return lines
 
 
 def _verdict(report: Report) -> str:

@@ -211,7 +211,10 @@ class Images(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that a search may look at, read-only. Not JSON-able."""
+    """All that a search may look at, read-only. Not JSON-able.
+
+    ``device`` is where torch computes, ``native_bf16`` whether it has instructions for bfloat16.
+    """
 
     model: nn.Module
     graph: ModelGraph
@@ -220,3 +223,5 @@ class Scene:
     budget: Budget
     recover: Tune
     seed: int
+    device: str = "cpu"
+    native_bf16: bool = False
