@@ -1,6 +1,7 @@
 """Random views of a batch (N, C, H, W), whole batches at once. Pure: random numbers come from a generator.
 
-The targets are the original network's own features of the same view, so a view need not keep its class.
+Where the targets are the original network's own features of the same view, a view need not keep its class
+(CutMix); where they are labels, it must.
 """
 
 from __future__ import annotations
@@ -13,11 +14,24 @@ import torch.nn.functional as F
 SHIFT_SHARE = 1 / 8
 """How far a shift moves an image: 4 pixels of 32."""
 
+COLOR_SHARE = 0.2
+"""How far contrast and saturation stray from 1."""
+
+BRIGHTNESS = 0.4
+"""How far brightness strays from 0, in standard deviations of the data set.
+
+Where the mean is about twice the standard deviation, as in photographs, that is a factor of 0.8 to 1.2.
+"""
+
 
 def augment(kind: str, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A random view of every image; ``kind`` is that of :class:`~optpipe.types.Tune`."""
     if kind == "resized_crop":
         return flip(resized_crop(images, generator), generator)
+    if kind == "shift":
+        return flip(shift(images, generator), generator)
+    if kind == "shift_color":
+        return color(flip(shift(images, generator), generator), generator)
     if kind == "shift_cutmix":
         return cutmix(flip(shift(images, generator), generator), generator)
     if kind == "none":
@@ -42,6 +56,25 @@ def shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     columns = (left[:, None] + torch.arange(width)).to(images.device)
     index = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def color(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image with its contrast, brightness and saturation changed at random, in this order.
+
+    Images come normalised, and are changed as they are. Contrast scales an image's deviation from the mean
+    of each of its channels by 0.8 to 1.2, which is the same before and after normalising. Brightness adds
+    one number to all channels, -0.4 to 0.4, where a factor would need the data set's mean. Saturation
+    scales the deviation from the mean of the channels by 0.8 to 1.2: nearly that of the pixels, as the
+    channels of photographs have nearly one mean and deviation; without 3 channels there is none. Nothing
+    is clipped. EKG names the three and gives no strengths.
+    """
+    draws = 2 * torch.rand(3, len(images), 1, 1, 1, generator=generator).to(images.device) - 1
+    middle = images.mean(dim=(2, 3), keepdim=True)
+    out = middle + (images - middle) * (1 + COLOR_SHARE * draws[0]) + BRIGHTNESS * draws[1]
+    if images.shape[1] != 3:
+        return out
+    grey = out.mean(dim=1, keepdim=True)
+    return grey + (out - grey) * (1 + COLOR_SHARE * draws[2])
 
 
 def cutmix(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -25,3 +25,26 @@ def mimicking_loss(
     for own, other in zip(student[1:], teacher[1:], strict=True):
         loss = loss + stage_weight * feature_mse(own, other)
     return loss
+
+
+def label_errors(logits: torch.Tensor, labels: torch.Tensor, views: int) -> torch.Tensor:
+    """The cross-entropy of each view of each image to its label, float32 (views, N) (EKG, Eq. 12).
+
+    ``logits`` (views * N, classes) are those of one view of all images after the other, ``labels`` (N,).
+    """
+    return F.cross_entropy(logits.float(), labels.repeat(views), reduction="none").view(views, -1)
+
+
+def distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² times the divergence of the student's softened answers from the teacher's (EKG, Eq. 12).
+
+    ``logits`` (views * N, classes) are those of one view of all images after the other, ``teacher``
+    (N, classes); the mean over images, summed over views. EKG's equation has no T²: its gradient would
+    shrink with the square of the temperature, and the factor (Hinton et al., 2015) keeps the weight of the
+    teacher against the labels whatever the temperature.
+    """
+    views = len(logits) // len(teacher)
+    wanted = F.log_softmax(teacher.float() / temperature, dim=1).repeat(views, 1)
+    own = F.log_softmax(logits.float() / temperature, dim=1)
+    divergence = F.kl_div(own, wanted, reduction="sum", log_target=True)
+    return temperature**2 * divergence / len(teacher)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from optpipe.losses import feature_mse, mimicking_loss
+from optpipe.losses import distillation, feature_mse, label_errors, mimicking_loss
 
 
 def test_feature_mse_is_the_mean_square_over_all_elements() -> None:
@@ -50,3 +52,45 @@ def test_mimicking_loss_refuses_networks_observed_at_different_stages() -> None:
     zero = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="longer"):
         mimicking_loss([zero], [zero, zero], 1.0)
+
+
+def test_label_errors_are_the_cross_entropies_of_each_view_of_each_image() -> None:
+    # Odds of 1:3 and 1:1 in the first view, of 3:1 and 1:1 in the second.
+    logits = torch.tensor([[0.0, math.log(3)], [2.0, 2.0], [math.log(3), 0.0], [5.0, 5.0]])
+    errors = label_errors(logits, torch.tensor([1, 0]), views=2)
+    expected = [[-math.log(3 / 4), math.log(2)], [-math.log(1 / 4), math.log(2)]]
+    assert errors.tolist() == [pytest.approx(row) for row in expected]
+
+
+def test_distillation_is_the_divergence_of_the_softened_student_times_the_squared_temperature() -> None:
+    # Divided by T = 2 the teacher's odds are 3:1, the student's 1:1.
+    teacher, student = torch.tensor([[2 * math.log(3), 0.0]]), torch.tensor([[1.0, 1.0]])
+    divergence = 3 / 4 * math.log((3 / 4) / (1 / 2)) + 1 / 4 * math.log((1 / 4) / (1 / 2))
+    assert distillation(student, teacher, 2.0).item() == pytest.approx(4 * divergence)
+
+
+def test_distillation_is_the_mean_over_images_summed_over_views() -> None:
+    teacher = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    flat, same = torch.zeros(2, 2), teacher.clone()
+    one = distillation(flat, teacher, 1.0).item()
+    assert one == pytest.approx((3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)) / 2)
+    assert distillation(torch.cat([flat, flat]), teacher, 1.0).item() == pytest.approx(2 * one)
+    assert distillation(torch.cat([flat, same]), teacher, 1.0).item() == pytest.approx(one)
+
+
+def test_distillation_pulls_about_as_hard_at_any_temperature() -> None:
+    pulls = []
+    for temperature in (10.0, 100.0):
+        student = torch.zeros(1, 3, requires_grad=True)
+        distillation(student, torch.tensor([[1.0, 0.0, -1.0]]), temperature).backward()  # type: ignore[no-untyped-call]
+        assert student.grad is not None
+        pulls.append(student.grad[0, 0].item())
+    # For small logits the gradient tends to (student - teacher) / classes.
+    assert pulls == pytest.approx([-1 / 3, -1 / 3], rel=0.05)
+
+
+def test_losses_on_logits_are_computed_in_float32() -> None:
+    wide = torch.tensor([[16.0, 1.0]]).bfloat16()
+    assert label_errors(wide, torch.tensor([1]), 1).dtype == torch.float32
+    assert distillation(wide, wide, 4.0).dtype == torch.float32
+    assert distillation(wide, wide, 4.0).item() == pytest.approx(0.0, abs=1e-6)

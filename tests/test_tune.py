@@ -17,6 +17,7 @@ from torch import fx, nn
 from optpipe import graph, store, tune
 from optpipe.data import ImageSet
 from optpipe.errors import RunError
+from optpipe.tune import evaluation
 from optpipe.types import Event, Plan, Tune
 
 SHAPE = (3, 16, 16)
@@ -279,7 +280,7 @@ def test_distance_does_not_depend_on_how_the_set_is_cut(
 ) -> None:
     network = candidate(original, SGD)
     whole = tune.distance(network, original, images)
-    monkeypatch.setattr(tune, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 4)
     assert tune.distance(network, original, images) == pytest.approx(whole, rel=1e-6)
 
 
@@ -290,7 +291,7 @@ def test_the_original_is_at_distance_zero_from_itself(original: fx.GraphModule, 
 def test_logits_are_those_of_the_network_for_every_image_in_order(
     original: fx.GraphModule, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "EVALUATION_BATCH", 8)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 8)
     with torch.no_grad():
         expected = original(images.batch(slice(0, len(images))))
     assert torch.allclose(tune.logits(original, images), expected, atol=1e-5)

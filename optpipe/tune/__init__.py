@@ -1,0 +1,110 @@
+"""The only training loop, and what follows from it: a network's errors and logits.
+
+What is minimised is an :class:`Objective`: to mimic the original's features, or to know the labels. The
+images of a step and their views are a function of seed and step alone, so a checkpoint is weights, optimizer
+state, the objective's running state and the number of steps, and a run that was killed ends with the weights
+of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from optpipe.errors import RunError
+from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
+from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
+from optpipe.tune.machine import on_this_machine, training_device
+from optpipe.tune.objective import Objective, Teachers, objective_of
+from optpipe.tune.parameters import optimizer_of, trainable
+from optpipe.tune.schedule import batch_indices, rate, steps_of, with_steps
+from optpipe.tune.views import views_of
+from optpipe.types import Emit, Event, Images, Tune
+
+__all__ = [
+    "BatchNorm",
+    "Checkpoint",
+    "Objective",
+    "Teachers",
+    "Trained",
+    "batch_indices",
+    "distance",
+    "logit_batches",
+    "logits",
+    "on_this_machine",
+    "rate",
+    "steps_of",
+    "train",
+    "training_device",
+    "with_steps",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The loss of the first step and of the last."""
+
+    loss_first: float
+    loss_last: float
+
+
+def train(
+    student: fx.GraphModule,
+    original: fx.GraphModule | None,
+    calibration: Images,
+    tune: Tune,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    emit: Emit | None = None,
+    device: str = "cpu",
+    teachers: Teachers | None = None,
+) -> Trained:
+    """Train ``student`` in place: until it mimics ``original``, or on the labels with ``teachers``.
+
+    ``tune.loss`` says which: "mimic" (PRACTISE, Eqs 31 and 34) needs the original, "labels" (EKG, Eqs 12
+    and 13) the images' labels, and the teachers where ``tune.teachers`` is not "none". Goes on from the
+    checkpoint where there is one. Only batch-norm layers are ever put in train mode. On another ``device``
+    the student goes there and comes back; the original stays where it is.
+
+    Raises:
+        UsageError: the original, the labels or the teachers that the loss needs are missing.
+        RunError: the loss is no number any more; the checkpoint before it stays.
+    """
+    layout = torch.channels_last
+    student.to(device).to(memory_format=layout)
+    objective = objective_of(student, original, calibration, tune, teachers, device)
+    parameters = trainable(student, tune)
+    optimizer = optimizer_of(list(parameters.values()), tune)
+    saved = checkpoint.load() if checkpoint is not None else None
+    start = restore(saved, student, optimizer, parameters, objective) if saved is not None else 0
+    first = last = float(saved["loss_first"]) if saved is not None else math.nan
+    half = on_this_machine(tune, device).autocast == "bf16"
+    for step in range(start, tune.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = tune.lr * rate(step, tune)
+        chosen = batch_indices(len(calibration), tune.batch, seed, step)
+        images = views_of(calibration.batch(chosen).to(device), tune, seed, step)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = objective.loss(chosen, images.contiguous(memory_format=layout))
+        before, last = last, float(loss.detach())
+        if not math.isfinite(last):
+            raise RunError(
+                f"training diverged at step {step} of {tune.steps}: the loss is {last}, it was {before:.4g} "
+                f"before; lower [recover] lr = {tune.lr:g}"
+            )
+        first = last if math.isnan(first) else first
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        done = step + 1
+        if checkpoint is not None and done % checkpoint.every == 0 and done < tune.steps:
+            checkpoint.save(snapshot(student, optimizer, parameters, objective, done, first))
+        if emit is not None and (done % 10 == 0 or done == tune.steps):
+            emit(Event("progress", "training", f"loss {last:.4g}", done, tune.steps))
+    optimizer.zero_grad(set_to_none=True)
+    student.to("cpu").eval().requires_grad_(False)
+    return Trained(first, last)

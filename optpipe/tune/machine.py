@@ -1,0 +1,35 @@
+"""Where a training runs and what its hardware computes natively."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from optpipe.types import Tune
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def training_device(device: str) -> str:
+    """Where to train for a target's device: on the GPU where torch can use it, else on the CPU."""
+    return "cuda" if device == "cuda" and torch.cuda.is_available() else "cpu"
+
+
+def on_this_machine(tune: Tune, device: str = "cpu") -> Tune:
+    """``tune`` with ``autocast = "auto"`` resolved: bfloat16 where the hardware has instructions for it."""
+    if tune.autocast != "auto":
+        return tune
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dataclasses.replace(tune, autocast="bf16" if native else "off")
+
+
+def there(network: T, device: str) -> T:
+    """The network itself on the CPU, a copy of it on another device: the caller's stays where it is."""
+    return network if device == "cpu" else copy.deepcopy(network).to(device)

@@ -1,0 +1,167 @@
+"""What a training minimises: the distance to the original's features, or the error in the labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from optpipe import graph
+from optpipe.errors import UsageError
+from optpipe.losses import distillation, label_errors, mimicking_loss
+from optpipe.tune.machine import there
+from optpipe.types import Images, Tune
+
+
+class Teachers(Protocol):
+    """What networks said about the training images, none of which were augmented."""
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The cross-entropy of each teacher to the labels of all training images."""
+
+    def mean(self, which: Sequence[int], images: Sequence[int]) -> torch.Tensor:
+        """The mean logits of those teachers on those training images, float32 (B, classes)."""
+
+
+class Objective(Protocol):
+    """The loss of a step, and what it must remember from one step to the next."""
+
+    def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """The loss of the training images ``which``; ``images`` are their views, one view after the other."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put such a state back."""
+
+
+def objective_of(
+    student: fx.GraphModule,
+    original: fx.GraphModule | None,
+    images: Images,
+    tune: Tune,
+    teachers: Teachers | None,
+    device: str,
+) -> Objective:
+    """The objective that ``tune.loss`` names, for a student that is on ``device``.
+
+    Raises:
+        UsageError: something that it needs is missing, or a view of an image may lose its class.
+    """
+    if tune.loss == "mimic":
+        if original is None:
+            raise UsageError('[recover] loss = "mimic" compares with the original network: none was given')
+        return Mimic(student, original, tune.stage_weight, device)
+    if images.labels is None:
+        raise UsageError(
+            '[recover] loss = "labels" needs labelled calibration images; give labels, or loss = "mimic"'
+        )
+    if tune.augment == "shift_cutmix":
+        raise UsageError(
+            '[recover] augment = "shift_cutmix" puts other classes into an image, and loss = "labels" has '
+            'one label for it; use augment = "shift" or "shift_color"'
+        )
+    if tune.views < 1:
+        raise UsageError(f"[recover] views = {tune.views}: must be at least 1")
+    if tune.teachers != "none" and teachers is None:
+        raise UsageError(f'[recover] teachers = "{tune.teachers}": training was given none')
+    return Labels(student, images.labels, tune, None if tune.teachers == "none" else teachers, device)
+
+
+class Mimic:
+    """The error of the student's features, and of its stages' outputs (PRACTISE, Eqs 31 and 34)."""
+
+    def __init__(
+        self, student: fx.GraphModule, original: fx.GraphModule, stage_weight: float, device: str
+    ) -> None:
+        readers = graph.stage_readers(original) if stage_weight else ()
+        self._pupil = graph.observe(student, readers)
+        self._teacher = there(graph.observe(original, readers).eval(), device)
+        self._stage_weight = stage_weight
+
+    def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """The error on the same views, whichever images they are of."""
+        with torch.no_grad():
+            wanted = self._teacher(images)
+        return mimicking_loss(self._pupil(images), wanted, self._stage_weight)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing: each step stands alone."""
+        return {}
+
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to put back."""
+
+
+class Labels:
+    """Cross-entropy to the labels and divergence from the teachers, summed over an image's views.
+
+    EKG, Eq. 12. With ``tune.teachers = "ensemble"`` only those teachers speak at a step whose loss is at most
+    the student's (Eq. 13): its mean cross-entropy over the last whole epoch, and all of them until there is
+    one. A "single" teacher always speaks.
+    """
+
+    def __init__(
+        self,
+        student: fx.GraphModule,
+        labels: torch.Tensor,
+        tune: Tune,
+        teachers: Teachers | None,
+        device: str,
+    ) -> None:
+        self._student = student
+        self._labels = labels.to(device)
+        self._tune = tune
+        self._teachers = teachers
+        # The sum stays on the device: reading it would make each step wait for the one before.
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._seen = 0
+        self._epoch_loss = math.inf
+
+    def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """The batch mean, the views summed."""
+        logits = self._student(images)
+        labels = self._labels[torch.tensor(which, device=self._labels.device)]
+        errors = label_errors(logits, labels, self._tune.views)
+        loss = errors.mean(dim=1).sum()
+        ahead = self._ahead()
+        if self._teachers is not None and ahead:
+            wanted = self._teachers.mean(ahead, which).to(self._labels.device)
+            loss = loss + distillation(logits, wanted, self._tune.temperature)
+        self._account(errors.detach().mean(dim=0))
+        return loss
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The sum of the epoch's errors so far, of how many images, and the last epoch's mean."""
+        return {
+            "sum": self._sum,
+            "seen": torch.tensor(self._seen),
+            "epoch_loss": torch.tensor(self._epoch_loss, dtype=torch.float64),
+        }
+
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Go on in the midst of an epoch."""
+        self._sum = saved["sum"].to(self._labels.device)
+        self._seen = int(saved["seen"])
+        self._epoch_loss = float(saved["epoch_loss"])
+
+    def _ahead(self) -> tuple[int, ...]:
+        losses = () if self._teachers is None else self._teachers.losses
+        if self._tune.teachers == "single":
+            return tuple(range(len(losses)))
+        return tuple(number for number, loss in enumerate(losses) if loss <= self._epoch_loss)
+
+    def _account(self, errors: torch.Tensor) -> None:
+        """Add the errors (B,) of a step's images; those beyond the last of an epoch begin the next one."""
+        left = len(self._labels) - self._seen
+        self._sum = self._sum + errors[:left].sum(dtype=torch.float64)
+        self._seen += len(errors)
+        if self._seen >= len(self._labels):
+            self._epoch_loss = float(self._sum) / len(self._labels)
+            self._sum = errors[left:].sum(dtype=torch.float64)
+            self._seen -= len(self._labels)
