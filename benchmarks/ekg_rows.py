@@ -1,0 +1,109 @@
+"""What ``benchmarks.ekg`` keeps of its runs: percent, points of accuracy, and the seconds of a run's stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optpipe.types import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One line of a table: which filters go by what, and what teaches the recovery."""
+
+    name: str
+    score: str
+    guide: str
+    teachers: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one run measured. ``widths`` are channels kept of each narrowed group, ``tables`` the search's."""
+
+    saving: float
+    saving_low: float
+    saving_high: float
+    macs_saving: float
+    parameters_saving: float
+    original_top1: float
+    before_recovery: float
+    top1: float
+    agreement: float
+    met: bool
+    stages: dict[str, float]
+    widths: tuple[tuple[str, int], ...] = ()
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def change(self) -> float:
+        """Points of top-1 against the original."""
+        return self.top1 - self.original_top1
+
+    @property
+    def search_s(self) -> float:
+        """Seconds of the search."""
+        return self.stages.get("analyze", 0.0)
+
+    @property
+    def recover_s(self) -> float:
+        """Seconds of the recovery, a memory bank with it."""
+        return self.stages.get("recover", 0.0)
+
+    @property
+    def whole_s(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run: its figures, or why there are none."""
+
+    variant: Variant
+    seed: int
+    figures: Figures | None
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Where and on what the runs were made."""
+
+    executed_on: str
+    platform: str
+    versions: dict[str, str]
+    calibration_count: int
+    evaluation_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run of no ``optpipe run`` leaves; ``asked`` tells it from one of other settings."""
+
+    figures: Figures
+    facts: Facts
+    asked: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What must be equal for rows to stand in one table."""
+
+    table: str
+    network: str
+    budgets: tuple[str, ...]
+    epochs: float
+    steps: int
+    overrides: tuple[str, ...]
+    machine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A table as it is kept: rows in the order in which they were made."""
+
+    settings: Settings
+    date: str
+    facts: Facts | None
+    rows: tuple[Row, ...]
