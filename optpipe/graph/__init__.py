@@ -12,14 +12,19 @@ from optpipe.graph.adaptors import adaptors, fold, with_adaptors
 from optpipe.graph.blocks import residuals
 from optpipe.graph.channels import channel_groups
 from optpipe.graph.features import split
+from optpipe.graph.gates import Gated
 from optpipe.graph.refit import refit_errors
 from optpipe.graph.stages import observe, stage_readers
 from optpipe.graph.structure import structure_key
 from optpipe.graph.surgery import apply
 from optpipe.graph.trace import count, shape, total, trace
+from optpipe.graph.width_map import Part, WidthMap, width_map
 from optpipe.types import ModelGraph
 
 __all__ = [
+    "Gated",
+    "Part",
+    "WidthMap",
     "adaptors",
     "apply",
     "count",
@@ -31,6 +36,7 @@ __all__ = [
     "stage_readers",
     "structure_key",
     "trace",
+    "width_map",
     "with_adaptors",
 ]
 

@@ -21,11 +21,19 @@ _NARROWABLE = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.PReLU)
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """Channels of one part of a network that go when others go: outputs of it, or inputs only."""
+    """Channels of one part of a network that go when others go: outputs of it, or inputs only.
+
+    ``origins`` holds, for each of them once, (the part's own channel, the followed channel it goes with).
+    """
 
     part: nn.Module | nn.Parameter
     outputs: bool
-    channels: frozenset[int]
+    origins: tuple[tuple[int, int], ...]
+
+    @property
+    def channels(self) -> frozenset[int]:
+        """The part's own channels."""
+        return frozenset(channel for channel, _ in self.origins)
 
 
 # From a layer and some of its output channels to all that goes with them.
@@ -160,8 +168,12 @@ def _dependencies(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> 
         pruner = graph.get_pruner_of_module(layer)
         group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(channels))
         return [
-            Touched(dep.target.module, graph.is_out_channel_pruning_fn(dep.handler), frozenset(indices))
-            for dep, indices in group
+            Touched(
+                item.dep.target.module,
+                graph.is_out_channel_pruning_fn(item.dep.handler),
+                tuple(zip(item.idxs, item.root_idxs, strict=True)),
+            )
+            for item in group
         ]
 
     return follow

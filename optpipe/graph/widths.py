@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from optpipe.errors import UsageError
-from optpipe.graph.channels import Follow, dependencies, failure, groups_of
+from optpipe.graph.channels import Follow, Touched, dependencies, failure, groups_of
 from optpipe.types import ChannelGroup
 
 # Relative to the largest logit. Sums of fewer terms round otherwise; a wrong channel is off by far more.
@@ -55,9 +55,9 @@ def removals(
         gone = set(range(group.channels)).difference(kept)
         if not gone or isinstance(follow, str):
             continue
-        for path, outputs, channels in _touched(traced, follow, group, gone, paths):
+        for path, part in touched_by(traced, follow, group, gone, paths):
             layer = removed.setdefault(path, Removed())
-            (layer.outputs if outputs else layer.inputs).update(channels)
+            (layer.outputs if part.outputs else layer.inputs).update(part.channels)
     return removed
 
 
@@ -88,10 +88,13 @@ def _check(group: ChannelGroup, kept: tuple[int, ...]) -> None:
             raise UsageError(f"{what} keeps {before} before {after}; list each kept channel once, ascending")
 
 
-def _touched(
+def touched_by(
     traced: fx.GraphModule, follow: Follow, group: ChannelGroup, gone: set[int], paths: dict[int, str]
-) -> list[tuple[str, bool, frozenset[int]]]:
-    """(layer, whether it loses outputs, which channels) for one group that loses the channels ``gone``."""
+) -> list[tuple[str, Touched]]:
+    """(path, what it loses) of each layer that loses channels where one group loses the channels ``gone``.
+
+    ``paths`` are those of the modules by their id. Raises UsageError for channels that cannot go alone.
+    """
     first = traced.get_submodule(group.name)
     try:
         touched = follow(first, sorted(gone))
@@ -112,7 +115,7 @@ def _touched(
             raise UsageError(
                 f"channel group {group.name!r} cannot keep channel {more}: it is tied to one that goes"
             )
-        found.append((path, t.outputs, t.channels))
+        found.append((path, t))
     return found
 
 
@@ -171,7 +174,7 @@ def _silence(path: str, layer: nn.Module, inputs: set[int]) -> None:
         return
     if isinstance(layer, nn.Linear):
         layer.weight[:, sorted(inputs)] = 0
-    elif isinstance(layer, nn.Conv2d) and not _is_depthwise(layer):
+    elif isinstance(layer, nn.Conv2d) and not is_depthwise(layer):
         size = layer.in_channels // layer.groups
         for part, kept in zip(
             layer.weight.chunk(layer.groups),
@@ -181,7 +184,8 @@ def _silence(path: str, layer: nn.Module, inputs: set[int]) -> None:
             part[:, sorted(set(range(size)).difference(kept))] = 0
 
 
-def _is_depthwise(layer: nn.Conv2d) -> bool:
+def is_depthwise(layer: nn.Conv2d) -> bool:
+    """Whether a convolution has one filter for each of its input channels."""
     return 1 < layer.groups == layer.in_channels == layer.out_channels
 
 
@@ -208,7 +212,7 @@ def _shrink(path: str, layer: nn.Module, cut: Removed) -> None:
 
 
 def _shrink_conv(path: str, layer: nn.Conv2d, cut: Removed) -> None:
-    if _is_depthwise(layer):
+    if is_depthwise(layer):
         (outputs,) = _kept(path, layer.out_channels, 1, cut.outputs)
         _select(layer, outputs)
         layer.in_channels = layer.out_channels = layer.groups = len(outputs)
