@@ -80,14 +80,14 @@ def prepare(recipe: recipes.Recipe) -> Setup:
     except UsageError as error:
         raise UsageError(f"{recipe.path}: {error}") from None
     config: object = recipes.bind(method.Config, recipe.method, recipe.path, "method")
-    recover = recipes.merge(method.RECOVER, recipe.recover, recipe.path, "recover")
-    recipes.check_recovery(recover, recipe.path)
+    recover = recipes.recovery(_recovery_of(recipe, method), recipe.recover, recipe.path)
     device = tune.training_device(recipe.target.device)
     recover = tune.on_this_machine(recover, device)
     model = models.load_model(recipe.model, recipe.folder)
     channels = models.input_channels(model)
     prepared = recipe.data.preprocess
     calibration = data.load_images(recipe.data.calibration, prepared, channels, recipe.folder)
+    recover = tune.with_steps(recover, len(calibration))
     shape = calibration.shape
     target = Target(
         backend=recipe.target.backend,
@@ -120,11 +120,8 @@ def prepare(recipe: recipes.Recipe) -> Setup:
             f"{recipe.path}: [data]: {shared} evaluation images are also calibration images; the accuracy "
             "would flatter the result: give disjoint sets"
         )
-    if method.NEEDS_LABELS and calibration.labels is None:
-        raise UsageError(
-            f"{recipe.path}: [method] name = {recipe.method_name!r}: needs labelled calibration images, and "
-            f"{recipe.data.calibration.source} has no labels"
-        )
+    if calibration.labels is None:
+        _check_labels(recipe, method, recover)
     benches = tuple(
         Workbench(
             plugins.backend(name),
@@ -149,6 +146,39 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         model_digest=models.weights_digest(original),
         calibration=calibration,
         evaluation=evaluation,
+    )
+
+
+def _recovery_of(recipe: recipes.Recipe, method: Method) -> Tune:
+    """What ``[recover]`` departs from: the recovery of the method that it names, else of the running one."""
+    if recipe.recover_name is None:
+        return method.RECOVER
+    try:
+        return plugins.method(recipe.recover_name).RECOVER
+    except UsageError as error:
+        # The lookup takes a method's name to stand where it mostly does.
+        raise UsageError(f"{recipe.path}: {str(error).replace('[method]', '[recover]', 1)}") from None
+
+
+def _check_labels(recipe: recipes.Recipe, method: Method, recover: Tune) -> None:
+    """UsageError where the method or the recovery learns from labels; only for images without any."""
+    if method.NEEDS_LABELS:
+        who, otherwise = f"[method] name = {recipe.method_name!r}", ""
+    elif recover.loss == "labels":
+        named = recipe.recover_name is not None and "loss" not in recipe.recover
+        who = f"[recover] name = {recipe.recover_name!r}" if named else '[recover] loss = "labels"'
+        otherwise = ", or leave [recover] name out" if named else ', or set [recover] loss = "mimic"'
+    else:
+        return
+    images = recipe.data.calibration
+    mend = (
+        "give a folder with a folder for each class, or an .npz file with labels"
+        if images.labels
+        else "set [data.calibration] labels = true"
+    )
+    raise UsageError(
+        f"{recipe.path}: {who}: needs labelled calibration images, and {images.source} has no labels"
+        f"{'' if images.labels else ' (labels = false)'}; {mend}{otherwise}"
     )
 
 

@@ -101,7 +101,10 @@ class RunTable:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A checked recipe. ``method`` and ``recover`` stay raw until the method's module is loaded."""
+    """A checked recipe. ``method`` and ``recover`` stay raw until the method's module is loaded.
+
+    ``recover_name`` names the method whose recovery ``recover`` departs from; None is the running one.
+    """
 
     path: Path
     model: ModelSpec
@@ -111,6 +114,7 @@ class Recipe:
     timing: TimingTable
     method_name: str
     method: RawTable
+    recover_name: str | None
     recover: RawTable
     budget: Budget
     run: RunTable
@@ -129,7 +133,10 @@ class Recipe:
             "export": _plain(self.export),
             "timing": _plain(self.timing),
             "method": {"name": self.method_name, **typing.cast(dict[str, object], _plain(method))},
-            "recover": _plain(recover),
+            "recover": {
+                **({} if self.recover_name is None else {"name": self.recover_name}),
+                **typing.cast(dict[str, object], _plain(recover)),
+            },
             "budget": _plain(self.budget),
             "run": _plain(self.run),
         }
@@ -160,6 +167,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not valid TOML: {error}") from None
+    if isinstance(raw.get("recover"), str):
+        raw["recover"] = {"name": raw["recover"]}
     for override in overrides:
         _override(raw, override)
     raw = typing.cast(dict[str, Value], _expand(raw, path, ()))
@@ -179,6 +188,13 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
     method_name = method.pop("name", None)
     if not isinstance(method_name, str):
         raise UsageError(f'{path}: [method] name: must name a method, for example name = "practise"')
+    recover = dict(raw.get("recover", {}))
+    recover_name = recover.pop("name", None)
+    if not isinstance(recover_name, str | None):
+        raise UsageError(
+            f"{path}: [recover] name = {json.dumps(recover_name, default=str)}: must name a method, for "
+            'example name = "ekg"'
+        )
     run = {"name": path.stem, **raw.get("run", {})}
     recipe = Recipe(
         path=path,
@@ -189,7 +205,8 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
         timing=bind(TimingTable, raw.get("timing", {}), path, "timing"),
         method_name=method_name,
         method=method,
-        recover=dict(raw.get("recover", {})),
+        recover_name=recover_name,
+        recover=recover,
         budget=bind(Budget, raw["budget"], path, "budget"),
         run=bind(RunTable, run, path, "run"),
     )
@@ -259,6 +276,8 @@ def _check_ranges(recipe: Recipe) -> None:
     checks: list[tuple[str, str, float | None, bool, str]] = [
         ("budget", "latency_reduction", recipe.budget.latency_reduction, True, share),
         ("budget", "latency_ms", recipe.budget.latency_ms, False, positive),
+        ("budget", "macs_reduction", recipe.budget.macs_reduction, True, share),
+        ("budget", "parameters_reduction", recipe.budget.parameters_reduction, True, share),
         ("budget", "drop_blocks", recipe.budget.drop_blocks, False, positive),
         ("target", "batch", recipe.target.batch, False, positive),
         ("target", "threads", recipe.target.threads, False, positive),
@@ -282,12 +301,75 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageError(f"{recipe.path}: [run] seed = {seed}: must not be below 0")
 
 
-def check_recovery(recover: Tune, path: Path) -> None:
-    """UsageError for a ``[recover]`` table whose numbers make no training."""
-    for key in ("steps", "batch", "lr"):
-        value = getattr(recover, key)
-        if not value > 0:
-            raise UsageError(f"{path}: [recover] {key} = {value}: must be above 0")
+def recovery(base: Tune, table: RawTable, path: Path) -> Tune:
+    """``base`` with the keys of ``[recover]`` replaced, checked; steps alone take the place of epochs.
+
+    Raises:
+        UsageError: as :func:`bind`, or the numbers make no training.
+    """
+    steps_alone = "steps" in table and "epochs" not in table
+    recover = merge(dataclasses.replace(base, epochs=None) if steps_alone else base, table, path, "recover")
+    _check_recovery(recover, path)
+    return recover
+
+
+def _check_recovery(recover: Tune, path: Path) -> None:
+    milestones = recover.milestones
+    ascending = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
+    positive, whole = "must be above 0 and finite", "must be at least 1"
+    checks: list[tuple[str, bool, str]] = [
+        ("steps", recover.epochs is not None or recover.steps > 0, positive),
+        ("epochs", recover.epochs is None or 0 < recover.epochs < math.inf, positive),
+        ("batch", recover.batch > 0, positive),
+        ("lr", 0 < recover.lr < math.inf, positive),
+        ("temperature", 0 < recover.temperature < math.inf, positive),
+        ("views", recover.views >= 1, whole),
+        ("bank", recover.bank >= 1, whole),
+        ("decay", 0 < recover.decay <= 1, "must be above 0 and at most 1"),
+        ("milestones", ascending, "must be shares of the steps between 0 and 1, each above the one before"),
+        (
+            "milestones",
+            recover.schedule != "milestones" or bool(milestones),
+            'schedule = "milestones" lowers the rate at them: give shares of the steps, say [0.5, 0.75]',
+        ),
+        *_contradictions(recover),
+    ]
+    for key, good, message in checks:
+        if not good:
+            shown = json.dumps(getattr(recover, key))
+            raise UsageError(f"{path}: [recover] {key} = {shown}: {message}")
+
+
+def _contradictions(recover: Tune) -> list[tuple[str, bool, str]]:
+    """What a loss cannot use: the key, whether all is well, and why it is not."""
+    if recover.loss == "mimic":
+        return [
+            (
+                "teachers",
+                recover.teachers == "none",
+                "loss = \"mimic\" compares features with the original's alone and hears no teacher's logits; "
+                'set loss = "labels" or teachers = "none"',
+            ),
+            (
+                "views",
+                recover.views == 1,
+                'loss = "mimic" compares networks on one view of an image; set loss = "labels" or views = 1',
+            ),
+            (
+                "trainable",
+                recover.trainable != "all",
+                'loss = "mimic" compares the features before the classifier, from which that learns nothing; '
+                'set loss = "labels" or trainable = "backbone"',
+            ),
+        ]
+    return [
+        (
+            "augment",
+            recover.augment != "shift_cutmix",
+            'puts other classes into an image, and loss = "labels" has one label for it; use "shift" or '
+            '"shift_color"',
+        )
+    ]
 
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<value>[^}]*))?\}")

@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from optpipe import plugins
 from optpipe import recipe as recipes
 from optpipe.data import DataSpec, Preprocess
 from optpipe.errors import UsageError
@@ -226,14 +227,16 @@ def test_the_method_must_be_named(good: Path, line: str) -> None:
 
 def test_several_budgets_are_refused(good: Path) -> None:
     assert refusal(good, "budget.drop_blocks=3") == (
-        "[budget]: give exactly one of latency_reduction, latency_ms, drop_blocks; given: "
+        "[budget]: give exactly one of latency_reduction, latency_ms, macs_reduction, "
+        "parameters_reduction, drop_blocks; given: "
         "latency_reduction, drop_blocks"
     )
 
 
 def test_no_budget_is_refused(good: Path) -> None:
     assert refusal(changed(good, "latency_reduction = 0.25\n", "")) == (
-        "[budget]: give exactly one of latency_reduction, latency_ms, drop_blocks; given: none"
+        "[budget]: give exactly one of latency_reduction, latency_ms, macs_reduction, "
+        "parameters_reduction, drop_blocks; given: none"
     )
 
 
@@ -262,10 +265,21 @@ def test_a_value_out_of_range_is_refused(good: Path, override: str, message: str
 
 
 @pytest.mark.parametrize("budget", ["latency_ms = 0.0", "drop_blocks = 0"])
-def test_other_budgets_must_be_above_zero(good: Path, budget: str) -> None:
+def test_absolute_budgets_must_be_above_zero(good: Path, budget: str) -> None:
     key, value = budget.split(" = ")
     path = changed(good, "latency_reduction = 0.25", budget)
     assert refusal(path) == f"[budget] {key} = {value}: must be above 0 and finite"
+
+
+@pytest.mark.parametrize("key", ["macs_reduction", "parameters_reduction"])
+def test_a_reduction_in_size_is_a_share(good: Path, key: str) -> None:
+    for value in ("0.0", "1.0", "-0.1", "nan"):
+        path = changed(good, "latency_reduction = 0.25", f"{key} = {value}")
+        assert refusal(path) == f"[budget] {key} = {value}: must be between 0 and 1"
+    path = changed(good, "latency_reduction = 0.25", f"{key} = 0.5")
+    assert recipes.load(path).budget == (
+        Budget(macs_reduction=0.5) if key == "macs_reduction" else Budget(parameters_reduction=0.5)
+    )
 
 
 # ---------------------------------------------------------------- environment variables
@@ -391,6 +405,119 @@ def test_the_frozen_copy_writes_defaults_out(good: Path) -> None:
         assert line in frozen.splitlines()
 
 
+def test_the_recovery_of_another_method_is_named(good: Path) -> None:
+    recipe = recipes.load(good, ["recover.name=ekg"])
+    assert (recipe.recover_name, recipe.recover) == ("ekg", {"steps": 300})
+    assert recipes.load(good).recover_name is None
+    assert refusal(good, "recover.name=3") == (
+        '[recover] name = 3: must name a method, for example name = "ekg"'
+    )
+
+
+def test_a_recovery_may_be_its_name_alone(good: Path) -> None:
+    good.write_text('recover = "ekg"\n' + GOOD.replace("[recover]\nsteps = 300\n", ""), encoding="utf-8")
+    assert recipes.load(good).recover_name == "ekg"
+    more = recipes.load(good, ["recover.epochs=2.0"])
+    assert (more.recover_name, more.recover) == ("ekg", {"epochs": 2.0})
+
+
+def test_the_frozen_copy_keeps_whose_recovery_it_is(good: Path) -> None:
+    recipe = recipes.load(good, ["recover.name=ekg"])
+    base = Tune(steps=0, epochs=100, milestones=(0.5,), schedule="milestones")
+    recover = recipes.recovery(base, recipe.recover, good)
+    good.write_text(recipe.frozen(recipe.method, recover), encoding="utf-8")
+    again = recipes.load(good)
+    assert again.recover_name == "ekg"
+    assert recipes.recovery(base, again.recover, good) == recover
+
+
+# ---------------------------------------------------------------- recovery
+
+LABELS = Tune(
+    steps=0, epochs=100, loss="labels", teachers="ensemble", views=2, trainable="all", augment="shift"
+)
+
+
+def refused_recovery(base: Tune, table: dict[str, recipes.Value]) -> str:
+    with pytest.raises(UsageError) as error:
+        recipes.recovery(base, table, Path("mine.toml"))
+    return str(error.value).removeprefix("mine.toml: [recover] ")
+
+
+def test_steps_given_alone_take_the_place_of_epochs() -> None:
+    path = Path("mine.toml")
+    assert recipes.recovery(LABELS, {"steps": 9}, path) == replace(LABELS, steps=9, epochs=None)
+    assert recipes.recovery(LABELS, {"epochs": 2.5}, path) == replace(LABELS, epochs=2.5)
+    assert recipes.recovery(LABELS, {"steps": 9, "epochs": 2.0}, path).epochs == 2.0
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"steps": 0}, "steps = 0: must be above 0 and finite"),
+        ({"epochs": 0.0}, "epochs = 0.0: must be above 0 and finite"),
+        ({"batch": 0}, "batch = 0: must be above 0 and finite"),
+        ({"lr": -0.1}, "lr = -0.1: must be above 0 and finite"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be above 0 and finite"),
+        ({"views": 0}, "views = 0: must be at least 1"),
+        ({"bank": 0}, "bank = 0: must be at least 1"),
+        ({"decay": 0.0}, "decay = 0.0: must be above 0 and at most 1"),
+        ({"decay": 1.5}, "decay = 1.5: must be above 0 and at most 1"),
+        *[
+            (
+                {"milestones": milestones},
+                f"milestones = {milestones}: must be shares of the steps between 0 and 1, each above the one "
+                "before",
+            )
+            for milestones in ([0.5, 0.3], [0.3, 0.3], [0.0], [0.5, 1.0], [30.0, 60.0])
+        ],
+    ],
+)
+def test_numbers_that_make_no_training_are_refused(table: dict[str, recipes.Value], message: str) -> None:
+    assert refused_recovery(LABELS, table) == message
+
+
+def test_a_schedule_of_milestones_needs_some() -> None:
+    assert refused_recovery(LABELS, {"schedule": "milestones"}) == (
+        'milestones = []: schedule = "milestones" lowers the rate at them: give shares of the steps, say '
+        "[0.5, 0.75]"
+    )
+
+
+def test_the_ends_of_the_ranges_are_taken() -> None:
+    table: dict[str, recipes.Value] = {
+        "schedule": "milestones", "milestones": [0.01, 0.99], "decay": 1.0, "views": 1, "bank": 1
+    }  # fmt: skip
+    assert recipes.recovery(LABELS, table, Path("mine.toml")).milestones == (0.01, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("left_in", "text"),
+    [
+        ("teachers", 'hears no teacher\'s logits; set loss = "labels" or teachers = "none"'),
+        ("views", 'on one view of an image; set loss = "labels" or views = 1'),
+        ("trainable", 'from which that learns nothing; set loss = "labels" or trainable = "backbone"'),
+    ],
+)
+def test_what_mimicking_cannot_use_is_refused_with_the_reason(left_in: str, text: str) -> None:
+    fitting: dict[str, recipes.Value] = {"teachers": "none", "views": 1, "trainable": "backbone"}
+    table = {key: value for key, value in fitting.items() if key != left_in}
+    message = refused_recovery(LABELS, {"loss": "mimic", **table})
+    assert message.startswith(f"{left_in} = ")
+    assert message.endswith(text)
+    assert recipes.recovery(LABELS, {"loss": "mimic", **fitting}, Path("mine.toml")).loss == "mimic"
+
+
+def test_labels_refuse_images_of_two_classes() -> None:
+    assert refused_recovery(LABELS, {"augment": "shift_cutmix"}) == (
+        'augment = "shift_cutmix": puts other classes into an image, and loss = "labels" has one label for '
+        'it; use "shift" or "shift_color"'
+    )
+
+
+# ---------------------------------------------------------------- what is shipped
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -398,7 +525,12 @@ def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("OPTPIPE_DATA", raising=False)
     default = recipes.load(path)
     assert default.run.name == path.stem
-    assert default.frozen(default.method, default.recover)
+    method = plugins.method(default.method_name)
+    config: object = recipes.bind(method.Config, default.method, path, "method")
+    source = plugins.method(default.recover_name or default.method_name)
+    recover = recipes.recovery(source.RECOVER, default.recover, path)
+    assert default.frozen(config, recover)
+    assert default.data.calibration.labels or not (method.NEEDS_LABELS or recover.loss == "labels")
     monkeypatch.setenv("OPTPIPE_DATA", "/elsewhere")
     moved = recipes.load(path)
     text = path.read_text(encoding="utf-8")

@@ -1,0 +1,134 @@
+"""What is checked once a recipe's method and images are loaded: whose recovery, how long, which labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optpipe import plugins, preparation
+from optpipe import recipe as recipes
+from optpipe.errors import UsageError
+from optpipe.methods import practise
+from optpipe.types import Choice, Method, Plan, Scene, Search, Tune
+
+RECIPE = """
+[model]
+name = "zoo:resnet20_cifar"
+
+[data]
+calibration = { source = "calibration.npz" }
+evaluation = { source = "evaluation.npz" }
+preprocess = { mean = [0.5, 0.5, 0.5], std = [0.25, 0.25, 0.25] }
+
+[target]
+batch = 4
+threads = 1
+
+[method]
+name = "practise"
+
+[budget]
+macs_reduction = 0.3
+"""
+LABELS = Tune(steps=0, epochs=3, batch=8, loss="labels", trainable="all", augment="shift")
+
+
+@dataclass
+class Learner:
+    """A method that learns from labels, and asks nothing."""
+
+    Config: type = practise.Config
+    RECOVER: Tune = LABELS
+    NEEDS_LABELS: bool = True
+
+    def search(self, scene: Scene, config: object) -> Search:
+        yield []
+        return Choice(Plan(), scene.recover, "")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe with all that it needs beside it; "learner" is a method too."""
+    for seed, name in enumerate(("calibration", "evaluation")):
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(20) % 10)
+    found = plugins.method
+    learner: Method = Learner()
+    monkeypatch.setattr(plugins, "method", lambda name: learner if name == "learner" else found(name))
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def recovery(recipe: Path, *overrides: str) -> Tune:
+    return preparation.prepare(recipes.load(recipe, overrides)).recover
+
+
+def refusal(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UsageError) as error:
+        recovery(recipe, *overrides)
+    return str(error.value).removeprefix(f"{recipe}: ")
+
+
+def test_the_recovery_is_the_running_methods_own(recipe: Path) -> None:
+    own = recovery(recipe)
+    assert (own.steps, own.loss) == (practise.RECOVER.steps, "mimic")
+
+
+def test_a_named_methods_recovery_takes_its_place_with_the_recipes_keys_on_top(recipe: Path) -> None:
+    other = recovery(recipe, "recover.name=learner", "recover.lr=0.5")
+    assert (other.loss, other.trainable, other.lr) == ("labels", "all", 0.5)
+
+
+def test_epochs_become_steps_of_the_calibration_images(recipe: Path) -> None:
+    # 3 epochs of 20 images in batches of 8 are 7.5 steps.
+    assert recovery(recipe, "recover.name=learner").steps == 8
+    assert recovery(recipe, "recover.name=learner", "recover.steps=5").steps == 5
+
+
+def test_the_frozen_copy_prepares_to_the_same(recipe: Path) -> None:
+    first = preparation.prepare(recipes.load(recipe, ["recover.name=learner"]))
+    recipe.write_text(first.frozen, encoding="utf-8")
+    again = preparation.prepare(recipes.load(recipe))
+    assert (again.recover, again.frozen) == (first.recover, first.frozen)
+
+
+def test_an_unknown_method_to_recover_as_is_named_with_its_place(recipe: Path) -> None:
+    assert refusal(recipe, "recover.name=practice") == (
+        '[recover] name = "practice": there is no such method; did you mean practise?'
+    )
+
+
+UNLABELLED = "data.calibration.labels=false"
+LACK = "needs labelled calibration images, and calibration.npz has no labels"
+
+
+def test_a_method_that_learns_from_labels_says_what_to_set(recipe: Path) -> None:
+    assert refusal(recipe, "method.name=learner", UNLABELLED) == (
+        f"[method] name = 'learner': {LACK} (labels = false); set [data.calibration] labels = true"
+    )
+
+
+def test_a_recovery_that_learns_from_labels_says_what_to_set(recipe: Path) -> None:
+    assert refusal(recipe, "recover.name=learner", UNLABELLED) == (
+        f"[recover] name = 'learner': {LACK} (labels = false); set [data.calibration] labels = true, or "
+        "leave [recover] name out"
+    )
+    assert refusal(recipe, "recover.loss=labels", "recover.augment=shift", UNLABELLED) == (
+        f'[recover] loss = "labels": {LACK} (labels = false); set [data.calibration] labels = true, or '
+        'set [recover] loss = "mimic"'
+    )
+
+
+def test_images_without_labels_of_their_own_are_told_apart(recipe: Path) -> None:
+    images = np.load(recipe.parent / "calibration.npz")["images"]
+    np.savez(recipe.parent / "calibration.npz", images=images)
+    assert refusal(recipe, "method.name=learner") == (
+        f"[method] name = 'learner': {LACK}; give a folder with a folder for each class, or an .npz file "
+        "with labels"
+    )
+    assert recovery(recipe).loss == "mimic"
