@@ -129,9 +129,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def epochs_of(arguments: argparse.Namespace) -> float:
-    """Epochs of fine-tuning; on 500 images as many as make the iterations that were asked for."""
-    if arguments.table == "tiny":
-        return float(arguments.steps * BATCH / IMAGES)
+    """Epochs of fine-tuning; 500 images are trained for iterations."""
     return EPOCHS[arguments.table] if arguments.scale is None else float(arguments.scale)
 
 
@@ -217,11 +215,10 @@ def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ..
 
 def tiny_variants(steps: int) -> list[tuple[Variant, tuple[str, ...]]]:
     """EKG's search with either recovery at two budgets, and the rival's shares of channels."""
-    # 50 images a class on average, and not exactly: what the search takes of each must be there.
-    images = (f"data.calibration.count={IMAGES}", "method.score_images=16", "method.tuning_images=20")
-    # The mimicking recovery counts steps alone.
-    mimic = ('recover.name="practise"', f"recover.steps={steps}", f"recover.batch={BATCH}")
-    own = (f"recover.steps={steps}", f"recover.epochs={steps * BATCH / IMAGES}", f"recover.batch={BATCH}")
+    # About 50 images a class: a third of them for the reward, the others for the epoch before the search.
+    images = (f"data.calibration.count={IMAGES}", "method.score_images=16")
+    own = (f"recover.steps={steps}", f"recover.batch={BATCH}")
+    mimic = ('recover.name="practise"', *own)
     searched = (*images, 'method.score="taylor"', 'method.guide="ensemble"')
     found: list[tuple[Variant, tuple[str, ...]]] = []
     for percent, budget in TINY.items():

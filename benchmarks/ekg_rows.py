@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optpipe.types import Table
@@ -107,3 +109,37 @@ class Record:
     date: str
     facts: Facts | None
     rows: tuple[Row, ...]
+
+
+def of(row: Row) -> Figures:
+    """The figures of a row that has some."""
+    assert row.figures is not None
+    return row.figures
+
+
+def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each variant, in the order in which variants first appear."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.variant.name, []).append(row)
+    return found
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean ± standard deviation, or the one value."""
+    mean = f"{statistics.mean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
+
+
+def searched_s(rows: list[Row], row: Row) -> float:
+    """Seconds of the search that a row stands on.
+
+    Rows of one seed that differ in the recovery alone share one search: the first runs it, the others find
+    its answers in the cache, so that theirs is the longest of them.
+    """
+    mine = row.variant
+    return max(
+        of(other).search_s
+        for other in rows
+        if (other.variant.score, other.variant.guide, other.seed) == (mine.score, mine.guide, row.seed)
+    )

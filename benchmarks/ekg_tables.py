@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.ekg_rows import Figures, Record, Row
+from benchmarks.ekg_rows import Record, Row, by_variant, of, searched_s, spread
+from benchmarks.ekg_tiny import tiny_section
 
 PAPER_EPOCHS = 100
 PAPER_IMAGES = 50_000
@@ -18,15 +19,6 @@ ALLOWED_TIME = 1.35
 GUIDES = ("ekg-ensemble-none", "ekg-single-none", "ekg-none-none")
 TEACHERS = ("ekg-ensemble-ensemble", "ekg-ensemble-single", "ekg-ensemble-none")
 SCORERS = ("ekg-ensemble-none", "gbn", "fpgm", "l1", "random")
-
-# Torch-Pruning on the same 500 images and 300 iterations, measured on two cores before this benchmark existed
-# (issue 4): percent of the channels, latency, MACs, top-1 before recovery and after, on 846 test images.
-EARLIER = (
-    (40, 0.0, 41.4, 67.9, 91.3),
-    (50, 23.4, 49.6, 44.2, 91.5),
-    (55, 27.5, 55.8, 18.2, 89.5),
-    (60, 28.9, 61.5, 13.0, 88.4),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +42,14 @@ class Summary:
         return f"`{self.name}` {spread(list(self.by_seed.values()))}"
 
 
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation, or the one value."""
-    mean = f"{statistics.mean(values):{form}}"
-    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
-
-
 def markdown(record: Record) -> str:
     """The whole file."""
     made = [row for row in record.rows if row.figures is not None]
     lines = [*heading(record), *standard_error(record, made)]
     if made:
         lines += SECTIONS[record.settings.table](made)
+    if made and record.settings.table != "time":
+        lines += ["", "## Run by run", *single_rows(made)]
     failed = [row for row in record.rows if row.figures is None]
     if failed:
         lines += ["", "## Not reached", ""]
@@ -118,34 +106,6 @@ def standard_error(record: Record, made: list[Row]) -> list[str]:
         f"{100 / count:.2f} points, and the standard error of one accuracy of {top1:.1f}% is {error:.2f}; "
         "nothing is chosen by these images.",
     ]
-
-
-def of(row: Row) -> Figures:
-    """The figures of a row that has some."""
-    assert row.figures is not None
-    return row.figures
-
-
-def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each variant, in the order in which variants first appear."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.variant.name, []).append(row)
-    return found
-
-
-def searched_s(rows: list[Row], row: Row) -> float:
-    """Seconds of the search that a row stands on.
-
-    Rows of one seed that differ in the recovery alone share one search: the first runs it, the others find
-    its answers in the cache, so that theirs is the longest of them.
-    """
-    mine = row.variant
-    return max(
-        of(other).search_s
-        for other in rows
-        if (other.variant.score, other.variant.guide, other.seed) == (mine.score, mine.guide, row.seed)
-    )
 
 
 def single_rows(rows: list[Row]) -> list[str]:
@@ -266,7 +226,6 @@ def compared(rows: list[Row]) -> list[str]:
         "Mean ± standard deviation over seeds. A seed decides the images of the search, the recovery and the "
         "clock. Rows of a seed that differ in the recovery alone share one search: its seconds are counted "
         "for each of them.",
-        *single_rows(rows),
     ]
 
 
@@ -309,90 +268,6 @@ def time_section(rows: list[Row]) -> list[str]:
         seconds = " | ".join(f"{of(row).stages.get(stage, 0.0):.1f}" for stage in stages)
         lines.append(
             f"| {row.variant.name} | {row.seed} | {seconds} | {of(row).whole_s:.1f} | {of(row).top1:.2f} |"
-        )
-    return lines
-
-
-def beaten(rows: list[Row]) -> list[str]:
-    """For each of EKG's runs: the rival's of its seed that save no more time, and which of them it beats."""
-    lines = []
-    for row in rows:
-        if row.variant.score == "torch-pruning":
-            continue
-        mine = of(row)
-        rivals = [
-            other for other in rows if other.variant.score == "torch-pruning" and other.seed == row.seed
-        ]
-        slower = [other for other in rivals if of(other).saving <= mine.saving]
-        better = [other.variant.name for other in slower if mine.top1 > of(other).top1]
-        not_better = [other.variant.name for other in slower if mine.top1 <= of(other).top1]
-        over = [
-            other.variant.name
-            for other in rivals
-            if of(other).saving > mine.saving and of(other).top1 >= mine.top1
-        ]
-        text = f"- {row.variant.name}, seed {row.seed}: {mine.saving:.1f}% saved, top-1 {mine.top1:.2f}. Of rivals that save no more it beats {', '.join(better) or 'none'}"
-        text += f"; it does not beat {', '.join(not_better)}" if not_better else ""
-        text += f"; {', '.join(over)} save more and are at least as good" if over else ""
-        lines.append(text + ".")
-    return lines
-
-
-def widths_lines(rows: list[Row]) -> list[str]:
-    """The channels that each of EKG's runs kept inside the blocks of each stage."""
-    lines = ["", "| configuration | seed | stage | channels kept: how many blocks |", "|---|---|---|---|"]
-    for row in rows:
-        if row.variant.score == "torch-pruning":
-            continue
-        stages: dict[str, list[int]] = {}
-        for name, width in of(row).widths:
-            stages.setdefault(name.split(".")[0], []).append(width)
-        for stage, kept in sorted(stages.items()):
-            counts = ", ".join(f"{width}: {kept.count(width)}" for width in sorted(set(kept)))
-            lines.append(f"| {row.variant.name} | {row.seed} | {stage} | {counts} |")
-    return lines
-
-
-def tiny_section(rows: list[Row]) -> list[str]:
-    """EKG against Torch-Pruning on 500 images, measured in the same sitting, and the earlier figures."""
-    return [
-        "",
-        "The rival is Torch-Pruning's L1 importance with the same share of channels taken out of every block, "
-        'recovered by mimicking features as `recover.name = "practise"` does, on the same images, scored and '
-        "timed on the same engine beside the original.",
-        "",
-        *beaten(rows),
-        *single_rows(rows),
-        "",
-        "Measured earlier, on 846 test images and one seed (the rows above are on the test images named at "
-        "the top):",
-        "",
-        "| Torch-Pruning, L1 | measured saving | MACs | before recovery | top-1 |",
-        "|---|---|---|---|---|",
-        *[
-            f"| {share}% | {saving:.1f}% | -{macs:.1f}% | {before:.1f} | {top1:.1f} |"
-            for share, saving, macs, before, top1 in EARLIER
-        ],
-        "",
-        "## Channel counts",
-        *free_macs(rows),
-        *widths_lines(rows),
-    ]
-
-
-def free_macs(rows: list[Row]) -> list[str]:
-    """Points of MACs that bought each point of time: where the rival's 40% step bought next to none."""
-    lines = [
-        "",
-        "| configuration | seed | MACs | measured saving | of the MACs' share |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        figures = of(row)
-        share = figures.saving / figures.macs_saving if figures.macs_saving else math.nan
-        lines.append(
-            f"| {row.variant.name} | {row.seed} | -{figures.macs_saving:.1f}% | {figures.saving:.1f}% | "
-            f"{share:.2f} |"
         )
     return lines
 

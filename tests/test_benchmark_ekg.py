@@ -13,12 +13,12 @@ from torch import fx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import ekg, ekg_rival, ekg_tables  # noqa: E402
-from benchmarks.ekg_rows import Facts, Figures, Record, Row, Settings, Variant  # noqa: E402
+from benchmarks import ekg, ekg_rival, ekg_tables, ekg_tiny  # noqa: E402
+from benchmarks.ekg_rows import Facts, Figures, Record, Row, Settings, Variant, searched_s  # noqa: E402
 from optpipe import graph, store  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
 from optpipe.report import build, schema  # noqa: E402
-from optpipe.types import Plan  # noqa: E402
+from optpipe.types import Plan, Table  # noqa: E402
 from optpipe.zoo.cifar_resnet import resnet20  # noqa: E402
 
 PRACTISE = ROOT / "recipes" / "cifar10" / "practise_resnet20.toml"
@@ -112,7 +112,10 @@ def test_a_trial_has_files_of_its_own(tmp_path: Path) -> None:
 
 def test_on_few_images_the_iterations_are_those_asked_for(tmp_path: Path) -> None:
     arguments = ekg.parse(call(tmp_path, "tiny"))
-    assert ekg.epochs_of(arguments) * 500 / 64 == 300
+    for job in ekg.jobs_of(arguments, ekg.base_recipe(arguments)):
+        given = overrides(job)
+        assert given["recover.steps"] == "300" and "recover.epochs" not in given
+        assert given["data.calibration.count"] == "500"
     base = tomllib.loads(ekg.base_recipe(arguments).read_text(encoding="utf-8"))
     assert "recover" not in base and base["budget"] == {}
 
@@ -228,7 +231,7 @@ def test_a_shared_search_counts_for_every_row_that_stands_on_it() -> None:
         Row(variant("ekg-ensemble-ensemble"), 0, figures(93.0, analyze=0.5)),
         Row(variant("ekg-none-none"), 0, figures(93.0, analyze=30.0)),
     ]
-    assert [ekg_tables.searched_s(made, row) for row in made] == [40.0, 40.0, 30.0]
+    assert [searched_s(made, row) for row in made] == [40.0, 40.0, 30.0]
     assert "| 40 | 20 | 61 |" in ekg_tables.single_rows(made)[4]
 
 
@@ -251,12 +254,52 @@ def test_a_rival_that_saves_more_is_not_said_to_be_beaten() -> None:
         Row(variant("tp-l1-60"), 0, figures(88.4, saving=28.9)),
         Row(variant("tp-l1-55"), 0, figures(92.0, saving=27.5)),
     ]
-    (line,) = ekg_tables.beaten(made)
+    (line,) = ekg_tiny.beaten(made)
     assert line == (
         "- ekg-25-practise, seed 0: 25.5% saved, top-1 92.00. Of rivals that save no more it beats tp-l1-50; "
         "it does not beat tp-l1-40; tp-l1-55 save more and are at least as good."
     )
     assert "| 50% | 23.4% | -49.6% | 44.2 | 91.5 |" in ekg_tables.markdown(record("tiny", made))
+
+
+def test_widths_are_held_against_the_counts_that_save_time() -> None:
+    tables = (
+        Table(
+            "Channel counts on this target",
+            ("groups", "channels each", "measured saving", "low", "high", "verdict"),
+            (
+                ("9 of 16 channels (layer1.0.conv1, ...)", 10, 0.0, -0.01, 0.01, "passed over: no faster"),
+                ("9 of 16 channels (layer1.0.conv1, ...)", 8, 0.1, 0.09, 0.11, "taken"),
+            ),
+        ),
+        Table(
+            "Widths",
+            ("group", "layers", "channels", "kept", "verdict"),
+            (
+                ("conv1", 3, 16, 16, "tied"),
+                ("layer1.0.conv1", 1, 16, 8, "narrowed"),
+                ("layer1.1.conv1", 1, 16, 9, "narrowed"),
+                ("layer1.2.conv1", 1, 16, 16, "whole"),
+            ),
+        ),
+        Table(
+            "Predicted and measured saving, step by step",
+            ("step", "this step"),
+            ((1, "saves time"), (2, "buys no time: removes MACs alone"), (3, "saves time"), (4, None)),
+        ),
+    )
+    row = Row(
+        Variant("ekg-25-ekg", "taylor", "ensemble", "ensemble"),
+        0,
+        dataclasses.replace(figures(92.0), tables=tables),
+    )
+    widths, near, steps = ekg_tiny.on_rungs(row)
+    assert "1 of 2 narrowed groups keep a count that was measured to save time" in widths
+    assert widths.endswith("layer1.1.conv1 9 of 16.")
+    assert "10 of 16 passed over, kept by 0 groups" in near
+    assert "2 saves time, 1 buys no time: removes MACs alone" in steps
+    (none,) = ekg_tiny.on_rungs(dataclasses.replace(row, figures=figures(92.0)))
+    assert "no table of channel counts" in none
 
 
 def test_the_rival_keeps_the_channels_of_largest_norm() -> None:
