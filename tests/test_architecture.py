@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "program_export": {"files", "types", "errors"},
     "precision": {"files", "store", "types", "errors"},
     "tune": {"augment", "losses", "graph", "types", "errors"},
+    "bank": {"files", "tune", "types", "errors"},
     # names and recipes
     "plugins": {"types", "errors"},
     "selection": {"plugins", "types", "errors"},

@@ -1,0 +1,195 @@
+"""The memory bank: what interim networks say about every training image, stored once (EKG, Eqs 10 and 11).
+
+One file for each teacher, float16 (N, classes), read memory-mapped: a training step touches only the rows of
+its own images.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from optpipe import files, tune
+from optpipe.errors import RunError, UsageError
+from optpipe.types import Emit, Event, Images
+
+STORED = np.dtype(np.float16)
+LARGEST = float(np.finfo(STORED).max)
+# Rows read at once for a teacher's loss: of 1000 classes, 16 MB in float32.
+ROWS = 4096
+
+Stored = NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemoryBank:
+    """The stored logits of each teacher, and its cross-entropy to the labels of all training images.
+
+    A :class:`~optpipe.tune.Teachers`. The arrays (N, classes) are mapped files, for reading only.
+    """
+
+    logits: tuple[Stored, ...]
+    losses: tuple[float, ...]
+
+    def mean(self, which: Sequence[int], images: Sequence[int]) -> torch.Tensor:
+        """The mean logits of those teachers on those images, float32 (B, classes) (EKG, Eq. 13)."""
+        rows = np.asarray(images)
+        total = torch.zeros(len(rows), self.logits[0].shape[1])
+        for teacher in which:
+            total += torch.from_numpy(self.logits[teacher][rows])
+        return total / len(which)
+
+
+def size_bytes(images: int, classes: int, teachers: int) -> int:
+    """The bytes of a bank's logits: images times classes times teachers, 2 bytes each."""
+    return images * classes * teachers * STORED.itemsize
+
+
+def spaced(losses: Sequence[float], k: int) -> tuple[int, ...]:
+    """The indices of up to ``k`` interim networks with evenly spaced losses (EKG, Eq. 11).
+
+    ``losses`` are those of all networks on the way, the original's first and the chosen one's last; of
+    the indices the one nearest to the chosen network comes first. Two of the ``k`` losses may be nearest to
+    the same network, which then teaches once; of networks equally near the earlier one is taken.
+
+    Raises:
+        ValueError: there is no network, or ``k`` is below 1.
+    """
+    if not losses or k < 1:
+        raise ValueError(f"{k} teachers of {len(losses)} networks: at least one of each is needed")
+    first, last = losses[0], losses[-1]
+    wanted = [(k - number) / k * last + number / k * first for number in range(1, k + 1)]
+    nearest = [min(range(len(losses)), key=lambda i: abs(loss - losses[i])) for loss in wanted]
+    return tuple(dict.fromkeys(nearest))
+
+
+def build(
+    folder: Path,
+    networks: Sequence[Callable[[], nn.Module]],
+    images: Images,
+    *,
+    classes: int,
+    device: str = "cpu",
+    emit: Emit | None = None,
+) -> MemoryBank:
+    """A bank of the logits of ``networks`` on all ``images``, in ``folder`` (EKG, Eq. 10).
+
+    The folder's name must say what the logits depend on: complete files that are there are taken as they
+    are, so that a killed build goes on with the teacher that it was at. Each network is made when its turn
+    comes and let go after it. Images are not augmented; batch-norm takes batch statistics, as in the
+    search: interim networks were never trained, and their running statistics are the original's.
+
+    Raises:
+        UsageError: the images have no labels.
+        RunError: the disk has no room for the bank (before anything is computed), or a logit is beyond
+            float16.
+    """
+    if images.labels is None:
+        raise UsageError(
+            "a memory bank needs labelled calibration images: its teachers' losses are to labels"
+        )
+    shape = (len(images), classes)
+    paths = [folder / f"teacher-{number}.npy" for number in range(len(networks))]
+    missing = [path for path in paths if _stored(path, shape) is None]
+    _announce(folder, shape, len(paths), len(missing), emit)
+    for number, (path, network) in enumerate(zip(paths, networks, strict=True), start=1):
+        if path in missing:
+            _write(path, network(), images, shape, device)
+        if emit is not None:
+            emit(Event("progress", "memory bank", path.stem, number, len(paths)))
+    return open_bank(folder, len(paths), images, classes=classes)
+
+
+def open_bank(folder: Path, teachers: int, images: Images, *, classes: int) -> MemoryBank:
+    """The bank that :func:`build` left in a folder.
+
+    Raises:
+        UsageError: the images have no labels.
+        RunError: a teacher's file is missing or of another shape.
+    """
+    if images.labels is None:
+        raise UsageError(
+            "a memory bank needs labelled calibration images: its teachers' losses are to labels"
+        )
+    logits: list[Stored] = []
+    for number in range(teachers):
+        path = folder / f"teacher-{number}.npy"
+        found = _stored(path, (len(images), classes))
+        if found is None:
+            raise RunError(
+                f"{path}: holds no logits of {len(images)} images in {classes} classes; build the bank again"
+            )
+        logits.append(found)
+    return MemoryBank(tuple(logits), tuple(_loss(stored, images.labels) for stored in logits))
+
+
+def _announce(folder: Path, shape: tuple[int, int], teachers: int, missing: int, emit: Emit | None) -> None:
+    """Say how large the bank will be, and refuse one that does not fit on the disk."""
+    whole, needed = size_bytes(*shape, teachers), size_bytes(*shape, missing)
+    if emit is not None:
+        product = f"{teachers} x {shape[0]} x {shape[1]}"
+        text = f"teachers x images x classes: {product} in float16, {_readable(whole)}"
+        there = f", {teachers - missing} of the teachers stored before" if missing < teachers else ""
+        emit(Event("note", "memory bank", text + there, fields=(("bytes", whole),)))
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if missing and needed > free:
+        raise RunError(
+            f"{folder}: the memory bank needs {_readable(needed)} more, and the disk has {_readable(free)} "
+            "free; free some space, or set a smaller [recover] bank"
+        )
+
+
+def _write(path: Path, network: nn.Module, images: Images, shape: tuple[int, int], device: str) -> None:
+    """Store a network's logits batch by batch; the file is the whole new one or none.
+
+    Written in sequence, not through a map: a map on a full disk ends the process without a word.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(STORED), "fortran_order": False, "shape": shape}
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in tune.logit_batches(network, images, device, "batch"):
+            if rows.shape[1] != shape[1]:
+                raise RunError(f"{path.stem}: has {rows.shape[1]} classes, the bank {shape[1]}")
+            largest = float(rows.abs().max())
+            # Not clamped: that would make the classes beyond the range equally likely. Also true of NaN.
+            if not largest <= LARGEST:
+                raise RunError(
+                    f"{path.stem}: a logit of {largest:g} does not fit in float16 (up to {LARGEST:g}): this "
+                    'interim network is no teacher; set [recover] teachers = "single" or "none"'
+                )
+            file.write(rows.numpy().astype(STORED).tobytes())
+
+
+def _stored(path: Path, shape: tuple[int, int]) -> Stored | None:
+    """The file's array, mapped; None where there is none of that shape."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == STORED else None
+
+
+def _loss(stored: Stored, labels: torch.Tensor) -> float:
+    """The cross-entropy of all rows to their labels, the mean."""
+    total = 0.0
+    for start in range(0, len(stored), ROWS):
+        rows = torch.from_numpy(stored[start : start + ROWS].astype(np.float32))
+        total += float(F.cross_entropy(rows, labels[start : start + ROWS], reduction="sum"))
+    return total / len(stored)
+
+
+def _readable(count: int) -> str:
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    return f"{size:.1f} {unit}" if unit != "bytes" else f"{count} bytes"
