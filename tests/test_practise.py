@@ -38,6 +38,7 @@ ERROR = {"a": 0.4, "b": 0.1, "c": 0.3, "d": 0.2, "e": 1e-6, "f": 1e-6}
 HALF_WIDTH = 0.01
 ONCE = practise.Config()
 MACS = 100
+PARAMETERS = 100
 
 Errors = Callable[[tuple[str, ...], str], float]
 
@@ -61,13 +62,14 @@ class FakeLab:
             base, remaining = work.args[1], work.args[2]
             values = tuple(self.errors(base.drop_blocks, name) for name in remaining)
             return StepResult("step", request.name, values)
+        assert isinstance(request, Ask)
         names = request.plan.drop_blocks
         ratio = 1 - sum(TAU[name] for name in names)
         latency = make_latency(10 * ratio, ratio, (ratio - HALF_WIDTH, ratio + HALF_WIDTH))
         distance = self.errors(names[:-1], names[-1]) if "distance" in request.wants else None
         macs = MACS - 10 * len(names)
         wanted = latency if "latency" in request.wants else None
-        return Trial("trial", request, 1, macs, wanted, None, distance)
+        return Trial("trial", request, PARAMETERS - 20 * len(names), macs, wanted, None, distance)
 
     @property
     def timed(self) -> list[str]:
@@ -87,7 +89,7 @@ def make_scene(budget: Budget, names: Sequence[str] = tuple(TAU)) -> Scene:
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     return Scene(
         model=nn.Identity(),
-        graph=ModelGraph(blocks, (), 100, MACS, (3, 8, 8), 10),
+        graph=ModelGraph(blocks, (), PARAMETERS, MACS, (3, 8, 8), 10),
         calibration=ImageSet(pixels, None, ("0", "1"), (0.5,) * 3, (0.5,) * 3, digest="d"),
         baseline=make_latency(10.0),
         budget=budget,
@@ -154,9 +156,17 @@ def test_a_block_whose_saving_may_be_none_is_never_dropped() -> None:
         # Of 10 ms: two drops leave 7 ms, perhaps 7.1 ms.
         (Budget(latency_ms=7.1 + 1e-9), "ba"),
         (Budget(latency_ms=7.05), "bac"),
+        # Each drop saves 10 of 100 MACs and 20 of 100 parameters.
+        (Budget(macs_reduction=0.1), "b"),
+        (Budget(macs_reduction=0.3), "bac"),
+        (Budget(macs_reduction=0.31), "bacd"),
+        (Budget(parameters_reduction=0.4), "ba"),
+        (Budget(parameters_reduction=0.41), "bac"),
     ],
 )
-def test_the_search_ends_when_the_whole_interval_meets_the_budget(budget: Budget, dropped: str) -> None:
+def test_the_search_ends_when_the_whole_interval_or_the_size_meets_the_budget(
+    budget: Budget, dropped: str
+) -> None:
     lab = FakeLab()
     choice = search(lab, budget)
     assert drops(choice) == dropped
@@ -175,6 +185,16 @@ def test_the_search_ends_when_the_whole_interval_meets_the_budget(budget: Budget
             Budget(latency_ms=5.0),
             "dropping all 4 blocks that save time reduces the latency by 45.0% (at least 44.0%), 50.0% is "
             "asked: it misses by 6.0%",
+        ),
+        (
+            Budget(macs_reduction=0.5),
+            "dropping all 4 blocks that save time reduces the MACs by 40.0%, 50.0% is asked: it misses by "
+            "10.0%",
+        ),
+        (
+            Budget(parameters_reduction=0.9),
+            "dropping all 4 blocks that save time reduces the parameters by 80.0%, 90.0% is asked: it misses "
+            "by 10.0%",
         ),
     ],
 )

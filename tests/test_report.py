@@ -106,18 +106,32 @@ def test_a_report_of_another_version_is_refused(report: schema.Report, tmp_path:
 # ---------------------------------------------------------------- the verdict
 
 
+FASTER = make_latency(6, 0.75, (0.74, 0.76))
+
+
+def judge(
+    budget: Budget,
+    latency: Latency = FASTER,
+    *,
+    macs: int = 70,
+    parameters: int = 900,
+    dropped: tuple[str, ...] = (),
+) -> schema.BudgetReport:
+    """The verdict on a network beside an original of 8 ms, 100 MACs and 1000 parameters."""
+    made = make_report()
+    original = replace(made.original, latency=make_latency(8), macs=100, parameters=1000)
+    result = replace(made.result, latency=latency, macs=macs, parameters=parameters)
+    return build.judge(budget, original, result, Plan(dropped))
+
+
 def test_a_reduction_is_met_by_the_median_ratio() -> None:
-    judged = build.judge(
-        Budget(latency_reduction=0.22), make_latency(8), make_latency(6, 0.75, (0.74, 0.76)), Plan()
-    )
+    judged = judge(Budget(latency_reduction=0.22))
     assert judged.met
     assert judged.verdict == "latency -25.0% (-26.0% to -24.0%), asked -22.0%"
 
 
 def test_an_interval_that_reaches_beyond_the_budget_is_said() -> None:
-    judged = build.judge(
-        Budget(latency_reduction=0.25), make_latency(8), make_latency(6, 0.748, (0.74, 0.76)), Plan()
-    )
+    judged = judge(Budget(latency_reduction=0.25), make_latency(6, 0.748, (0.74, 0.76)))
     assert judged.met
     assert judged.verdict == (
         "latency -25.2% (-26.0% to -24.0%), asked -25.0%; the interval reaches beyond what was asked"
@@ -125,9 +139,7 @@ def test_an_interval_that_reaches_beyond_the_budget_is_said() -> None:
 
 
 def test_a_reduction_that_is_missed_is_not_met() -> None:
-    judged = build.judge(
-        Budget(latency_reduction=0.3), make_latency(8), make_latency(6, 0.75, (0.74, 0.76)), Plan()
-    )
+    judged = judge(Budget(latency_reduction=0.3))
     assert not judged.met
     assert judged.verdict == "latency -25.0% (-26.0% to -24.0%), asked -30.0%"
 
@@ -136,16 +148,27 @@ def test_a_reduction_that_is_missed_is_not_met() -> None:
 def test_an_absolute_latency_is_held_against_the_original_of_the_same_measurement(
     latency_ms: float, met: bool
 ) -> None:
-    result = make_latency(6, 0.75, (0.74, 0.76))
-    judged = build.judge(Budget(latency_ms=latency_ms), make_latency(8), result, Plan())
+    judged = judge(Budget(latency_ms=latency_ms))
     assert judged.met == met
     assert f"asked {latency_ms / 8 - 1:+.1%}" in judged.verdict
+
+
+@pytest.mark.parametrize(("macs", "met"), [(9, True), (10, True), (11, False)])
+def test_macs_are_counted_whatever_the_latency(macs: int, met: bool) -> None:
+    judged = judge(Budget(macs_reduction=0.9), make_latency(9, 1.1, (1.0, 1.2)), macs=macs)
+    assert (judged.met, judged.verdict) == (met, f"MACs {macs / 100 - 1:+.1%}, asked -90.0%")
+
+
+@pytest.mark.parametrize(("parameters", "met"), [(899, True), (900, True), (901, False)])
+def test_parameters_are_counted_whatever_the_macs(parameters: int, met: bool) -> None:
+    judged = judge(Budget(parameters_reduction=0.1), macs=100, parameters=parameters)
+    assert (judged.met, judged.verdict) == (met, f"parameters {parameters / 1000 - 1:+.1%}, asked -10.0%")
 
 
 @pytest.mark.parametrize(("dropped", "met"), [(("a", "b"), False), (("a", "b", "c"), True)])
 def test_a_number_of_blocks_is_counted(dropped: tuple[str, ...], met: bool) -> None:
     budget = Budget(drop_blocks=3)
-    judged = build.judge(budget, make_latency(8), make_latency(9, 1.1, (1.0, 1.2)), Plan(dropped))
+    judged = judge(budget, make_latency(9, 1.1, (1.0, 1.2)), dropped=dropped)
     assert (judged.met, judged.verdict) == (met, f"{len(dropped)} of 3 blocks dropped")
     assert judged.asked == budget
 

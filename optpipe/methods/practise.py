@@ -155,20 +155,43 @@ def _check_reachable(
     (answer,) = yield [Ask(_plan(scene, eligible))]
     if _met(scene, cast(Trial, answer), len(eligible)):
         return
+    every = f"dropping all {len(eligible)} blocks that save time"
+    size = _size(scene, cast(Trial, answer))
+    if size is not None:
+        what, reduced, asked = size
+        raise RunError(
+            f"no plan meets the budget: {every} reduces the {what} by {reduced:.1%}, {asked:.1%} is asked: "
+            f"it misses by {asked - reduced:.1%}; lower the budget"
+        )
     best = _saving(cast(Trial, answer))
     allowed = budget.allowed_ratio(scene.baseline)
     assert allowed is not None
     raise RunError(
-        f"no plan meets the budget: dropping all {len(eligible)} blocks that save time reduces the latency "
-        f"by {best.tau:.1%} (at least {best.low:.1%}), {1 - allowed:.1%} is asked: it misses by "
-        f"{1 - allowed - best.low:.1%}; lower the budget"
+        f"no plan meets the budget: {every} reduces the latency by {best.tau:.1%} (at least "
+        f"{best.low:.1%}), {1 - allowed:.1%} is asked: it misses by {1 - allowed - best.low:.1%}; lower the "
+        "budget"
     )
 
 
+def _size(scene: Scene, trial: Trial) -> tuple[str, float, float] | None:
+    """What a budget in size counts, the share that a candidate saves of it, the share that is asked."""
+    budget = scene.budget
+    if budget.macs_reduction is not None:
+        return "MACs", 1.0 - trial.macs / scene.graph.macs, budget.macs_reduction
+    if budget.parameters_reduction is not None:
+        return "parameters", 1.0 - trial.parameters / scene.graph.parameters, budget.parameters_reduction
+    return None
+
+
 def _met(scene: Scene, trial: Trial, dropped: int) -> bool:
-    """Whether the whole interval of a candidate's ratio meets the budget."""
+    """Whether a candidate meets the budget: in size, or with the whole interval of its latency's ratio."""
     if scene.budget.drop_blocks is not None:
         return dropped >= scene.budget.drop_blocks
+    size = _size(scene, trial)
+    if size is not None:
+        _, reduced, asked = size
+        # 0.1 of 100 is met by 90, though 1 - 90 / 100 is a hair below 0.1.
+        return reduced >= asked - 1e-9
     allowed = scene.budget.allowed_ratio(scene.baseline)
     assert allowed is not None and trial.latency is not None and trial.latency.ratio_ci95 is not None
     return trial.latency.ratio_ci95[1] <= allowed

@@ -16,6 +16,21 @@ def assemble(
     recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
     chosen = final.results[0]
     contested = () if held is None else (contest.table(held, setup.selected.absent),)
+    original = schema.NetworkReport(
+        final.original_quality,
+        final.original,
+        setup.graph.parameters,
+        setup.graph.macs,
+        results.ingest.onnx_bytes,
+    )
+    result = schema.NetworkReport(
+        chosen.quality,
+        chosen.latency,
+        results.prune.parameters,
+        results.prune.macs,
+        results.export.onnx_bytes,
+        chosen.agreement,
+    )
     return schema.Report(
         schema=schema.SCHEMA,
         name=recipe.run.name,
@@ -23,22 +38,9 @@ def assemble(
         model=recipe.model.name,
         seed=recipe.run.seed,
         target=setup.target,
-        budget=build.judge(recipe.budget, final.original, chosen.latency, choice.plan),
-        original=schema.NetworkReport(
-            final.original_quality,
-            final.original,
-            setup.graph.parameters,
-            setup.graph.macs,
-            results.ingest.onnx_bytes,
-        ),
-        result=schema.NetworkReport(
-            chosen.quality,
-            chosen.latency,
-            results.prune.parameters,
-            results.prune.macs,
-            results.export.onnx_bytes,
-            chosen.agreement,
-        ),
+        budget=build.judge(recipe.budget, original, result, choice.plan),
+        original=original,
+        result=result,
         quality_before_recovery=results.prune.quality,
         plan=choice.plan,
         recover=choice.recover,

@@ -14,7 +14,9 @@ from optpipe.report import markdown, schema
 from optpipe.types import Budget, Latency, Plan
 
 
-def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> schema.BudgetReport:
+def judge(
+    budget: Budget, original: schema.NetworkReport, result: schema.NetworkReport, plan: Plan
+) -> schema.BudgetReport:
     """Whether the final measurement meets what was asked.
 
     A latency budget is met by the median ratio; the verdict says when the interval reaches beyond it.
@@ -23,6 +25,21 @@ def judge(budget: Budget, original: Latency, result: Latency, plan: Plan) -> sch
         dropped = len(plan.drop_blocks)
         met = dropped >= budget.drop_blocks
         return schema.BudgetReport(budget, met, f"{dropped} of {budget.drop_blocks} blocks dropped")
+    if budget.macs_reduction is not None:
+        return _judge_size(budget, "MACs", result.macs / original.macs, budget.macs_reduction)
+    if budget.parameters_reduction is not None:
+        ratio = result.parameters / original.parameters
+        return _judge_size(budget, "parameters", ratio, budget.parameters_reduction)
+    return _judge_latency(budget, original.latency, result.latency)
+
+
+def _judge_size(budget: Budget, what: str, ratio: float, reduction: float) -> schema.BudgetReport:
+    # 10 left of 100 are 90% fewer, though 1 - 0.9 is a hair below 0.1.
+    met = ratio <= 1 - reduction + 1e-9
+    return schema.BudgetReport(budget, met, f"{what} {ratio - 1:+.1%}, asked {-reduction:+.1%}")
+
+
+def _judge_latency(budget: Budget, original: Latency, result: Latency) -> schema.BudgetReport:
     allowed = budget.allowed_ratio(original)
     ratio, ci95 = result.ratio_to_original, result.ratio_ci95
     assert allowed is not None and ratio is not None and ci95 is not None
