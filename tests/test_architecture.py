@@ -107,6 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "quality",
         "tune",
+        "bank",
         "timing",
         "onnx_export",
         "data",

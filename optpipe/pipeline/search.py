@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import shutil
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.lab import Clock, Lab, Subject, drive
-from optpipe.pipeline import engines
+from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
 from optpipe.types import Choice, Emit, Event, Scene
+
+if TYPE_CHECKING:
+    from torch import fx
 
 
 def ingest(setup: Setup, opened: store.Run) -> Ingested:
@@ -62,7 +68,15 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
     recipe = setup.recipe
     subject = Subject(setup.original, setup.model_digest, setup.calibration, recipe.run.seed)
     clock = Clock(recipe.timing.tolerance, recipe.timing.budget_s)
-    lab = Lab(opened, subject, setup.bench, clock, ingested.epoch, emit)
+    lab = Lab(
+        opened,
+        subject,
+        setup.bench,
+        clock,
+        ingested.epoch,
+        emit,
+        checkpoint_every=recipe.run.checkpoint_every,
+    )
     scene = Scene(
         model=setup.original,
         graph=setup.graph,
@@ -71,6 +85,8 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
         budget=recipe.budget,
         recover=setup.recover,
         seed=recipe.run.seed,
+        device=setup.device,
+        native_bf16=tune.native_bf16(setup.device),
     )
     try:
         choice = drive(setup.method.search(scene, setup.config), lab)
@@ -80,11 +96,11 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
 
 
 def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
-    """Apply the chosen plan to the original."""
+    """Apply the chosen plan to the weights that the search chose it for."""
     shape = setup.target.input_shape
-    candidate = graph.apply(setup.original, choice.plan, shape)
+    candidate = graph.apply(_start(setup, opened, choice), choice.plan, shape)
     parameters, macs = graph.count(candidate, shape)
-    store.save_tensors(opened.stage_folder("prune") / "weights.safetensors", candidate.state_dict())
+    store.save_tensors(opened.stage_folder("prune") / store.WEIGHTS, candidate.state_dict())
     logits = tune.logits(candidate, setup.evaluation, setup.device).numpy()
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
@@ -93,24 +109,42 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
-    """Train the pruned network to mimic the original; goes on from the last checkpoint."""
+    """Train the pruned network as the choice says; goes on from the last checkpoint."""
     folder = opened.stage_folder("recover")
-    candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
+    start, shape = _start(setup, opened, choice), setup.target.input_shape
+    candidate = graph.apply(start, choice.plan, shape)
+    if choice.recover.rescale:
+        candidate = graph.rescale(candidate, start, choice.plan, shape)
     # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
-    key = store.digest(choice.plan, choice.recover, setup.recipe.run.seed, setup.calibration.digest)[:16]
-    checkpoint = store.DiskCheckpoint(
-        folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
-    )
+    seed = setup.recipe.run.seed
+    key = store.digest(
+        choice.plan, choice.recover, choice.weights, choice.interim, seed, setup.calibration.digest
+    )[:16]
+    teachers = memory.bank_of(setup, folder / f"bank-{key}", start, choice, emit)
     trained = tune.train(
         candidate,
         setup.original,
         setup.calibration,
         choice.recover,
-        seed=setup.recipe.run.seed,
-        checkpoint=checkpoint,
+        seed=seed,
+        checkpoint=store.DiskCheckpoint(
+            folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
+        ),
         emit=emit,
         device=setup.device,
+        teachers=teachers,
     )
-    path = folder / "weights.safetensors"
+    path = folder / store.WEIGHTS
     store.save_tensors(path, candidate.state_dict())
+    # On large sets the bank is the largest thing in a run, and it has served.
+    shutil.rmtree(folder / f"bank-{key}", ignore_errors=True)
     return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)
+
+
+def _start(setup: Setup, opened: store.Run, choice: Choice) -> fx.GraphModule:
+    """The network that the choice's plans are applied to: the original, or what the search trained of it."""
+    if not choice.weights:
+        return setup.original
+    start = copy.deepcopy(setup.original)
+    store.load_tensors(start, opened.weights(choice.weights))
+    return start

@@ -17,7 +17,7 @@ from torch import fx
 from optpipe.errors import RunError
 from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
 from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
-from optpipe.tune.machine import on_this_machine, training_device
+from optpipe.tune.machine import native_bf16, on_this_machine, training_device
 from optpipe.tune.objective import Objective, Teachers, objective_of
 from optpipe.tune.parameters import optimizer_of, trainable
 from optpipe.tune.schedule import batch_indices, rate, steps_of, with_steps
@@ -34,6 +34,7 @@ __all__ = [
     "distance",
     "logit_batches",
     "logits",
+    "native_bf16",
     "on_this_machine",
     "rate",
     "steps_of",

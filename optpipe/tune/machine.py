@@ -23,11 +23,14 @@ def on_this_machine(tune: Tune, device: str = "cpu") -> Tune:
     """``tune`` with ``autocast = "auto"`` resolved: bfloat16 where the hardware has instructions for it."""
     if tune.autocast != "auto":
         return tune
+    return dataclasses.replace(tune, autocast="bf16" if native_bf16(device) else "off")
+
+
+def native_bf16(device: str) -> bool:
+    """Whether the hardware has instructions for bfloat16."""
     if device == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dataclasses.replace(tune, autocast="bf16" if native else "off")
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def there(network: T, device: str) -> T:

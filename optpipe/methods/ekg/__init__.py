@@ -24,7 +24,7 @@ import numpy as np
 
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
-from optpipe.methods.ekg import budgets, images, ladder, tables
+from optpipe.methods.ekg import budgets, images, ladder, layers, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import Field, descend, plan_of
 from optpipe.methods.ekg.reward import Judge, Kept
@@ -32,7 +32,6 @@ from optpipe.methods.ekg.tables import Taken
 from optpipe.types import (
     Answer,
     Ask,
-    ChannelGroup,
     Choice,
     Interim,
     Plan,
@@ -96,35 +95,42 @@ def search(scene: Scene, config: Config) -> Search:
         UsageError: nothing can be narrowed, a setting is out of range, or images of a class are too few.
         RunError: no widths meet the budget; says what can be reached.
     """
-    groups = _check(scene, config)
+    _check(scene, config)
+    shape = scene.graph.input_shape
+    widths = graph.width_map(scene.model, shape)
+    if not widths.groups:
+        raise UsageError(
+            "[method] ekg: the network has no channel group that can be narrowed; `optpipe inspect` says why "
+            "not for each"
+        )
     validation, subset = images.draw(scene.calibration, config, scene.graph.classes, scene.seed)
     tune = replace(_TUNE, steps=-(-len(subset) // _TUNE.batch))
     (answer,) = yield [Train(Plan(), tune, subset)]
     trained = cast(Trained, answer)
-    shape = scene.graph.input_shape
     judge = Judge(
         trained.network,
         shape,
         scene.calibration,
         validation,
+        widths=widths,
         score=config.score,
         guide=config.guide,
         autocast=config.autocast == "bf16" or (config.autocast == "auto" and scene.native_bf16),
         device=scene.device,
         seed=scene.seed,
     )
-    costs = graph.Costs(scene.model, shape)
-    yield from _check_reachable(scene, groups, costs)
+    costs = graph.Costs(scene.model, shape, widths)
+    yield from _check_reachable(scene, widths, costs)
     ladders: tuple[ladder.Ladder, ...] = ()
     if _measures_widths(scene, config):
-        ladders = yield from ladder.measure(groups, costs)
-    field = Field(scene, config, groups, costs, judge, ladders, trained.key)
+        ladders = yield from ladder.measure(widths, costs)
+    field = Field(scene, config, widths, costs, judge, ladders, trained.key)
     taken = yield from descend(field)
     return _choice(field, taken)
 
 
-def _check(scene: Scene, config: Config) -> tuple[ChannelGroup, ...]:
-    """The prunable groups, once the settings make sense."""
+def _check(scene: Scene, config: Config) -> None:
+    """UsageError for settings that make no search."""
     if scene.budget.drop_blocks is not None:
         raise UsageError(
             "[budget] drop_blocks: ekg narrows layers and drops no block; give latency_reduction, "
@@ -139,13 +145,6 @@ def _check(scene: Scene, config: Config) -> tuple[ChannelGroup, ...]:
             raise UsageError(f"[method] {key} = {value}: must be above 0" + (" and at most 0.9" * (most < 1)))
     if config.timed == "last" and scene.budget.allowed_ratio(scene.baseline) is not None:
         raise UsageError('[method] timed = "last": a latency budget needs every step timed; set "every"')
-    groups = tuple(group for group in scene.graph.groups if group.prunable)
-    if not groups:
-        raise UsageError(
-            "[method] ekg: the network has no channel group that can be narrowed; `optpipe inspect` says why "
-            "not for each"
-        )
-    return groups
 
 
 def _measures_widths(scene: Scene, config: Config) -> bool:
@@ -155,12 +154,12 @@ def _measures_widths(scene: Scene, config: Config) -> bool:
 
 
 def _check_reachable(
-    scene: Scene, groups: Sequence[ChannelGroup], costs: graph.Costs
+    scene: Scene, widths: graph.WidthMap, costs: graph.Costs
 ) -> Generator[Sequence[Request], Sequence[Answer], None]:
     """Look at the narrowest network first: a budget that even it misses is refused before any search."""
-    narrowest: Kept = tuple((0,) for _ in groups)
+    groups, few = widths.groups, widths.blocks
     if scene.budget.allowed_ratio(scene.baseline) is None:
-        parameters, macs = costs.of([1 for _ in groups])
+        parameters, macs = costs.of(few)
         ratios = (macs / scene.graph.macs, parameters / scene.graph.parameters)
         if not budgets.sizes_meet(scene.budget, *ratios):
             raise RunError(
@@ -169,6 +168,9 @@ def _check_reachable(
                 "the budget"
             )
         return
+    narrowest: Kept = tuple(
+        layers.first(group.channels, blocks, blocks) for group, blocks in zip(groups, few, strict=True)
+    )
     (answer,) = yield [Ask(plan_of(groups, narrowest))]
     latency = cast(Trial, answer).latency
     assert latency is not None
@@ -188,7 +190,7 @@ def _choice(field: Field, taken: Sequence[Taken]) -> Choice:
     thinned = [interim[round(n)] for n in np.linspace(0, len(interim) - 1, min(len(interim), _MOST_INTERIM))]
     shown = [
         tables.step_table(field.groups, steps),
-        tables.width_table(field.scene.graph.groups, end.kept),
+        tables.width_table(field.scene.graph.groups, field.groups, end.kept),
     ]
     if field.ladders:
         shown.append(ladder.table(field.groups, field.ladders))

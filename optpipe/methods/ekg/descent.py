@@ -35,11 +35,16 @@ class Field:
 
     scene: Scene
     config: Config
-    groups: tuple[ChannelGroup, ...]
+    widths: graph.WidthMap
     costs: graph.Costs
     judge: Judge
     ladders: tuple[ladder.Ladder, ...]
     tuned: str
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups that can be narrowed, in execution order."""
+        return self.widths.groups
 
     @property
     def by_time(self) -> bool:
@@ -118,7 +123,8 @@ def _after(field: Field, kept: Kept) -> tuple[int | None, ...]:
     found: list[int | None] = []
     for index, channels in enumerate(kept):
         count = len(channels)
-        wanted = layers.fewer(count, field.config.ratio, len(field.groups[index].layers))
+        tied, blocks = len(field.groups[index].layers), field.widths.blocks[index]
+        wanted = layers.fewer(count, field.config.ratio, tied, blocks)
         if field.ladders:
             found.append(of[index].below(count, wanted))
         else:
@@ -159,7 +165,8 @@ def _without(kept: Kept, group: int, removed: Sequence[int]) -> Kept:
 
 def _refined(field: Field, kept: Kept, best: Candidate) -> Kept:
     """The candidate, or as few of its channels, the lowest scores first, as meet the budget in size."""
-    for count in range(1, len(best.removed) + 1):
+    blocks = field.widths.blocks[best.group]
+    for count in range(blocks, len(best.removed) + 1, blocks):
         reached = _without(kept, best.group, best.removed[:count])
         if budgets.sizes_meet(field.scene.budget, *_sizes(field, reached)):
             return reached
@@ -170,17 +177,19 @@ def _finest(
     field: Field, kept: Kept, best: Candidate, trial: Trial
 ) -> Generator[Sequence[Request], Sequence[Answer], tuple[Kept, Trial]]:
     """The fewest of the last candidate's channels that still meet the latency: halving, each half timed."""
-    few, enough = 0, len(best.removed)
+    blocks = field.widths.blocks[best.group]
+    few, enough = 0, len(best.removed) // blocks
     while enough - few > 1:
         middle = (few + enough) // 2
-        (answer,) = yield [Ask(plan_of(field.groups, _without(kept, best.group, best.removed[:middle])))]
+        fewer = _without(kept, best.group, best.removed[: middle * blocks])
+        (answer,) = yield [Ask(plan_of(field.groups, fewer))]
         tried = cast(Trial, answer)
         assert tried.latency is not None
         if budgets.latency_meets(field.scene, tried.latency):
             enough, trial = middle, tried
         else:
             few = middle
-    return _without(kept, best.group, best.removed[:enough]), trial
+    return _without(kept, best.group, best.removed[: enough * blocks]), trial
 
 
 def _sizes(field: Field, kept: Kept) -> tuple[float, float]:

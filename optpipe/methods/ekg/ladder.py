@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from optpipe import graph
+from optpipe.methods.ekg import layers
 from optpipe.types import Answer, Ask, Cell, ChannelGroup, Plan, Request, Table, Trial
 
 PROBES = 8
@@ -62,59 +63,71 @@ class Ladder:
         return self.shares[self.groups.index(group)] * max([0.0, *above])
 
 
-def classes(groups: Sequence[ChannelGroup]) -> list[tuple[int, ...]]:
+def classes(widths: graph.WidthMap) -> list[tuple[int, ...]]:
     """The indices of the groups of each class: equally many channels, alone or tied to other layers."""
-    found: dict[tuple[int, bool], list[int]] = {}
-    for index, group in enumerate(groups):
-        found.setdefault((group.channels, len(group.layers) > 1), []).append(index)
+    found: dict[tuple[int, bool, int], list[int]] = {}
+    for index, (group, blocks) in enumerate(zip(widths.groups, widths.blocks, strict=True)):
+        found.setdefault((group.channels, len(group.layers) > 1, blocks), []).append(index)
     return [tuple(members) for members in found.values()]
 
 
-def counts(channels: int) -> tuple[int, ...]:
+def counts(channels: int, blocks: int) -> tuple[int, ...]:
     """The counts of a width to time, descending: the seven between its eighths, all of them below eight."""
-    return tuple(sorted({channels * part // PROBES for part in range(1, PROBES)} - {0}, reverse=True))
+    parts = (channels * part // PROBES for part in range(1, PROBES))
+    return tuple(sorted({count - count % blocks for count in parts} - {0}, reverse=True))
 
 
-def plan(groups: Sequence[ChannelGroup], members: Sequence[int], count: int) -> Plan:
+def measure(
+    widths: graph.WidthMap, costs: graph.Costs
+) -> Generator[Sequence[Request], Sequence[Answer], tuple[Ladder, ...]]:
+    """The counts that the target executes well, for every class of groups."""
+    groups = widths.groups
+    whole = [group.channels for group in groups]
+    _, macs = costs.of(whole)
+    narrowest = widths.blocks
+    saved = [
+        macs - costs.of([*whole[:index], narrowest[index], *whole[index + 1 :]])[1]
+        for index in range(len(groups))
+    ]
+    found = classes(widths)
+    asked = [counts(groups[members[0]].channels, widths.blocks[members[0]]) for members in found]
+    asks = [
+        Ask(_plan(widths, members, count))
+        for members, those in zip(found, asked, strict=True)
+        for count in those
+    ]
+    trials = iter(cast("Sequence[Trial]", (yield asks)))
+    return tuple(
+        _ladder(groups, members, saved, [(count, next(trials)) for count in those])
+        for members, those in zip(found, asked, strict=True)
+    )
+
+
+def _plan(widths: graph.WidthMap, members: Sequence[int], count: int) -> Plan:
     """All groups of a class at a count. Latency does not depend on which channels stay."""
-    return Plan(keep_channels=tuple((groups[index].name, tuple(range(count))) for index in members))
+    keep = []
+    for index in members:
+        group = widths.groups[index]
+        keep.append((group.name, layers.first(group.channels, widths.blocks[index], count)))
+    return Plan(keep_channels=tuple(keep))
 
 
 def _ladder(
-    groups: Sequence[ChannelGroup], members: Sequence[int], macs: Sequence[int], trials: Sequence[Trial]
+    groups: Sequence[ChannelGroup],
+    members: Sequence[int],
+    macs: Sequence[int],
+    trials: Sequence[tuple[int, Trial]],
 ) -> Ladder:
-    """A class's ladder from the trials of :func:`counts`; ``macs`` are those that each group could save."""
-    channels = groups[members[0]].channels
+    """A class's ladder from its counts and their trials; ``macs`` are those that each group could save."""
     timed = []
-    for count, trial in zip(counts(channels), trials, strict=True):
+    for count, trial in trials:
         latency = trial.latency
         assert latency is not None and latency.ratio_to_original is not None
         low, high = cast("tuple[float, float]", latency.ratio_ci95)
         timed.append(Rung(count, 1.0 - latency.ratio_to_original, 1.0 - high, 1.0 - low))
     total = sum(macs[index] for index in members)
-    return Ladder(channels, tuple(members), tuple(macs[index] / total for index in members), tuple(timed))
-
-
-def measure(
-    groups: Sequence[ChannelGroup], costs: graph.Costs
-) -> Generator[Sequence[Request], Sequence[Answer], tuple[Ladder, ...]]:
-    """The counts that the target executes well, for every class of groups."""
-    found = classes(groups)
-    asks = [
-        Ask(plan(groups, members, count))
-        for members in found
-        for count in counts(groups[members[0]].channels)
-    ]
-    trials = iter(cast("Sequence[Trial]", (yield asks)))
-    whole = [group.channels for group in groups]
-    _, macs = costs.of(whole)
-    saved = [
-        macs - costs.of([*whole[:index], 1, *whole[index + 1 :]])[1] for index, group in enumerate(groups)
-    ]
-    return tuple(
-        _ladder(groups, members, saved, [next(trials) for _ in counts(groups[members[0]].channels)])
-        for members in found
-    )
+    shares = tuple(macs[index] / total for index in members)
+    return Ladder(groups[members[0]].channels, tuple(members), shares, tuple(timed))
 
 
 def table(groups: Sequence[ChannelGroup], ladders: Sequence[Ladder]) -> Table:

@@ -42,10 +42,29 @@ def trimmed_otsu(values: Sequence[float]) -> float:
     return threshold
 
 
-def fewer(channels: int, ratio: float, tied: int) -> int:
+def fewer(channels: int, ratio: float, tied: int, blocks: int) -> int:
     """How many of a group's channels stay when it loses the share ``ratio`` of them; at least one goes.
 
     Removing a channel of a group of several tied layers takes a filter from each, so that its share is
-    divided by their number.
+    divided by their number. Of ``blocks`` equal runs each keeps equally many.
     """
-    return channels - max(1, round(channels * ratio / tied))
+    left = channels - max(1, round(channels * ratio / tied))
+    return left - left % blocks
+
+
+def first(channels: int, blocks: int, count: int) -> tuple[int, ...]:
+    """The first channels of a whole group, equally many of each block, ``count`` of them in all."""
+    size = channels // blocks
+    return tuple(block * size + index for block in range(blocks) for index in range(count // blocks))
+
+
+def ascending(kept: Sequence[int], scores: Sequence[float], channels: int, blocks: int) -> list[int]:
+    """The kept channels, the lowest score first; with several blocks, one of each block in turn."""
+    ordered = sorted(kept, key=scores.__getitem__)
+    size = channels // blocks
+    rank: dict[int, int] = {}
+    seen = [0] * blocks
+    for channel in ordered:
+        rank[channel] = seen[channel // size]
+        seen[channel // size] += 1
+    return sorted(ordered, key=rank.__getitem__)

@@ -21,7 +21,7 @@ from torch import fx
 
 from optpipe import graph
 from optpipe.methods.ekg import layers, scores
-from optpipe.types import Images, Plan
+from optpipe.types import Images
 
 Guide = Literal["none", "single", "ensemble"]
 Kept = tuple[tuple[int, ...], ...]
@@ -85,6 +85,7 @@ class Judge:
         images: Images,
         indices: Sequence[int],
         *,
+        widths: graph.WidthMap,
         score: scores.Score,
         guide: Guide,
         autocast: bool,
@@ -95,10 +96,10 @@ class Judge:
         self._score: scores.Score = score
         self._guide = guide
         self._seed = seed
-        self._gated = graph.Gated(network, input_shape, autocast=autocast, device=device)
+        self._gated = graph.Gated(network, input_shape, autocast=autocast, device=device, widths=widths)
         # A score by a filter's own output needs gates elsewhere.
         self._own = (
-            graph.Gated(network, input_shape, at="own", autocast=autocast, device=device)
+            graph.Gated(network, input_shape, at="own", autocast=autocast, device=device, widths=widths)
             if score == "gbn"
             else None
         )
@@ -117,25 +118,21 @@ class Judge:
         are tried are those whose filters are cheap for what they save.
         """
         kept = history[-1]
-        masks = self._masks(kept)
-        knowledge = self._knowledge(history)
-        values = self._scores(kept, masks, knowledge)
+        reward, loss, knowledge, values = self._look(history, scored=True)
         changes = []
         for group, count in enumerate(after):
             if count is not None:
-                order = sorted(kept[group], key=values[group].tolist().__getitem__)
+                channels, blocks = self._gated.groups[group].channels, self._gated.widths.blocks[group]
+                order = layers.ascending(kept[group], values[group].tolist(), channels, blocks)
                 changes.append((group, tuple(order[: len(kept[group]) - count])))
         sums = [float(values[group][list(removed)].sum()) / gains[group] for group, removed in changes]
-        changes = [changes[index] for index in layers.tried(sums)]
-        return self._compare(masks, knowledge, changes)
+        tried = [changes[index] for index in layers.tried(sums)]
+        return Facts(reward, loss, self._compare(self._masks(kept), knowledge, tried))
 
     def measure(self, history: Sequence[Kept]) -> Facts:
         """The last network of ``history``, no candidates."""
-        return self._compare(self._masks(history[-1]), self._knowledge(history), [])
-
-    def plan(self, kept: Kept) -> Plan:
-        """What is taken out."""
-        return self._gated.plan(self._masks(kept))
+        reward, loss, _, _ = self._look(history, scored=False)
+        return Facts(reward, loss, ())
 
     def _masks(self, kept: Kept) -> list[torch.Tensor]:
         masks = [torch.zeros_like(mask) for mask in self._gated.whole()]
@@ -143,32 +140,65 @@ class Judge:
             mask[list(channels)] = 1.0
         return masks
 
-    def _knowledge(self, history: Sequence[Kept]) -> list[torch.Tensor]:
-        """T_i (Eq. 8) for each batch, the probabilities (B, classes); nothing where nobody guides."""
-        if self._guide == "none":
-            return []
-        last = len(history) if self._guide == "ensemble" else 1
-        for kept in history[self._seen : last]:
-            masks = self._masks(kept)
-            with torch.no_grad():
-                logits = [self._gated.logits(images, masks) for images in self._images]
-            self._sum = [a + b for a, b in zip(self._sum, logits, strict=True)] if self._seen else logits
-            self._seen += 1
-        assert self._seen == last, "a search only ever goes on"
-        return [(total / self._seen).softmax(dim=1) for total in self._sum]
+    def _look(
+        self, history: Sequence[Kept], *, scored: bool
+    ) -> tuple[float, float, list[torch.Tensor], list[torch.Tensor]]:
+        """(reward, loss, knowledge of each batch, scores of each group) of the last network, in one pass.
 
-    def _scores(
-        self, kept: Kept, masks: list[torch.Tensor], knowledge: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        groups = self._gated.groups
-        if not scores.comparable(self._score):
-            return scores.of_weights(self._score, self._network, groups, kept, self._seed)
-        gated = self._own or self._gated
-        leaves = [mask.clone().requires_grad_() for mask in masks]
+        Knowledge is T_i (Eq. 8) as probabilities (B, classes); none where nobody guides.
+        """
+        kept = history[-1]
+        masks = self._masks(kept)
+        joins = self._guide == "ensemble" or (self._guide == "single" and len(history) == 1)
+        self._catch_up(history[: -1 if joins else 1])
+        by_gradient = scored and scores.comparable(self._score)
+        leaves = [mask.clone().requires_grad_(by_gradient) for mask in masks]
+        gated = self._own if self._own is not None and by_gradient else self._gated
+        reward = loss = 0.0
+        knowledge: list[torch.Tensor] = []
         for number, images in enumerate(self._images):
-            logits = gated.logits(images, leaves)
-            reward, _ = self._reward(logits, number, knowledge)
-            (reward * (len(images) / self._total)).backward()  # type: ignore[no-untyped-call]
+            share = len(images) / self._total
+            with torch.set_grad_enabled(by_gradient):
+                logits = gated.logits(images, leaves)
+                if self._guide != "none":
+                    knowledge.append(self._known(number, logits.detach() if joins else None))
+                own_reward, own_loss = self._reward(logits, number, knowledge)
+            if by_gradient:
+                (own_reward * share).backward()  # type: ignore[no-untyped-call]
+            reward += share * float(own_reward.detach())
+            loss += share * float(own_loss.detach())
+        if joins:
+            self._seen = len(history)
+        return reward, loss, knowledge, self._scores(kept, leaves) if scored else []
+
+    def _catch_up(self, history: Sequence[Kept]) -> None:
+        """Add the logits of earlier networks that are not in the sum yet, as after a resumption."""
+        if self._guide == "none":
+            return
+        for kept in history[self._seen :]:
+            masks = self._masks(kept)
+            for number, images in enumerate(self._images):
+                with torch.no_grad():
+                    self._add(number, self._gated.logits(images, masks))
+            self._seen += 1
+
+    def _add(self, number: int, logits: torch.Tensor) -> None:
+        if number == len(self._sum):
+            self._sum.append(logits)
+        else:
+            self._sum[number] = self._sum[number] + logits
+
+    def _known(self, number: int, newest: torch.Tensor | None) -> torch.Tensor:
+        """The probabilities of the ensemble's mean logits, the newest network's joining it."""
+        if newest is None:
+            return (self._sum[number] / self._seen).softmax(dim=1)
+        self._add(number, newest)
+        return (self._sum[number] / (self._seen + 1)).softmax(dim=1)
+
+    def _scores(self, kept: Kept, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Every group's scores (channels,): Eq. 9 from the masks' gradients, or from the weights."""
+        if not scores.comparable(self._score):
+            return scores.of_weights(self._score, self._network, self._gated.groups, kept, self._seed)
         found = []
         for leaf in leaves:
             assert leaf.grad is not None
@@ -190,26 +220,23 @@ class Judge:
         masks: list[torch.Tensor],
         knowledge: list[torch.Tensor],
         changes: Sequence[tuple[int, tuple[int, ...]]],
-    ) -> Facts:
+    ) -> tuple[Candidate, ...]:
         changed = []
         for group, removed in changes:
             mask = masks[group].clone()
             mask[list(removed)] = 0.0
             changed.append((group, mask))
-        # The network itself is the candidate that changes nothing.
-        asked = [(0, masks[0]), *changed]
-        rewards, losses = torch.zeros(len(asked)), torch.zeros(len(asked))
+        rewards, losses = torch.zeros(len(changed)), torch.zeros(len(changed))
         for number, images in enumerate(self._images):
             share = len(images) / self._total
-            for index, logits in enumerate(self._gated.candidates(images, masks, asked)):
+            for index, logits in enumerate(self._gated.candidates(images, masks, changed)):
                 reward, loss = self._reward(logits, number, knowledge)
                 rewards[index] += share * float(reward)
                 losses[index] += share * float(loss)
-        found = tuple(
-            Candidate(group, removed, float(rewards[index]), float(losses[index]))
-            for index, (group, removed) in enumerate(changes, start=1)
+        return tuple(
+            Candidate(group, removed, float(reward), float(loss))
+            for (group, removed), reward, loss in zip(changes, rewards, losses, strict=True)
         )
-        return Facts(float(rewards[0]), float(losses[0]), found)
 
 
 def _balanced(indices: Sequence[int], most: int) -> list[list[int]]:

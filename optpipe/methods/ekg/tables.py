@@ -85,13 +85,13 @@ def _interval(latency: Latency) -> tuple[float, float]:
     return latency.ratio_ci95
 
 
-def width_table(groups: Sequence[ChannelGroup], kept: Kept) -> Table:
+def width_table(every: Sequence[ChannelGroup], narrowed: Sequence[ChannelGroup], kept: Kept) -> Table:
     """Every channel group: how many channels it had and keeps, or why it cannot be narrowed."""
     rows: list[tuple[Cell, ...]] = []
-    remaining = iter(kept)
-    for group in groups:
-        if group.prunable:
-            count = len(next(remaining))
+    counts = {group.name: len(channels) for group, channels in zip(narrowed, kept, strict=True)}
+    for group in every:
+        if group.name in counts:
+            count = counts[group.name]
             verdict = "narrowed" if count < group.channels else "whole"
             rows.append((group.name, len(group.layers), group.channels, count, verdict))
         else:

@@ -1,0 +1,64 @@
+"""The teachers of a recovery: which networks on the way to the chosen one, and their bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from optpipe import bank, data, graph, tune
+from optpipe.preparation import Setup
+from optpipe.types import Choice, Emit, Event, Interim, Plan
+
+if TYPE_CHECKING:
+    from torch import fx
+
+# Images on which networks are compared whose loss the search did not measure.
+COMPARED = 512
+
+
+def bank_of(
+    setup: Setup, folder: Path, start: fx.GraphModule, choice: Choice, emit: Emit
+) -> bank.MemoryBank | None:
+    """The memory bank that the choice's recovery asks for, built now unless it is there; None if it does not.
+
+    ``start`` is the network that the choice's plans are applied to.
+    """
+    tuning = choice.recover
+    if tuning.loss != "labels" or tuning.teachers == "none":
+        return None
+    plans = [Plan()] if tuning.teachers == "single" else spaced(setup, start, choice, emit)
+    shape = setup.target.input_shape
+    networks = [partial(graph.apply, start, plan, shape) for plan in plans]
+    return bank.build(
+        folder, networks, setup.calibration, classes=setup.graph.classes, device=setup.device, emit=emit
+    )
+
+
+def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> list[Plan]:
+    """The plans of the networks on the way whose losses are evenly spaced (EKG, Eq. 11), the original first.
+
+    Where a method left none, the original is the only teacher.
+    """
+    interim = choice.interim or (Interim(Plan()), Interim(choice.plan))
+    losses = [one.loss for one in interim]
+    if any(loss is None for loss in losses):
+        emit(Event("note", "memory bank", f"comparing {len(interim)} networks"))
+        losses = _losses(setup, start, interim)
+    known = [loss for loss in losses if loss is not None]
+    return [interim[index].plan for index in bank.spaced(known, choice.recover.bank)]
+
+
+def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> list[float | None]:
+    """The cross-entropy of each network on the first images of the calibration set, by batch statistics."""
+    images = data.part(setup.calibration, range(min(COMPARED, len(setup.calibration))))
+    assert images.labels is not None, "a recovery with labels was refused where there are none"
+    found: list[float | None] = []
+    for one in interim:
+        network = graph.apply(start, one.plan, setup.target.input_shape)
+        logits = tune.logits(network, images, setup.device, batch_norm="batch")
+        found.append(float(F.cross_entropy(logits, images.labels)))
+    return found
