@@ -11,6 +11,7 @@ from optpipe.errors import UsageError
 from optpipe.graph.adaptors import adaptors, fold, with_adaptors
 from optpipe.graph.blocks import residuals
 from optpipe.graph.channels import channel_groups
+from optpipe.graph.costs import Costs
 from optpipe.graph.features import split
 from optpipe.graph.gates import Gated
 from optpipe.graph.refit import refit_errors
@@ -22,6 +23,7 @@ from optpipe.graph.width_map import Part, WidthMap, width_map
 from optpipe.types import ModelGraph
 
 __all__ = [
+    "Costs",
     "Gated",
     "Part",
     "WidthMap",
