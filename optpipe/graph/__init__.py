@@ -15,6 +15,7 @@ from optpipe.graph.costs import Costs
 from optpipe.graph.features import split
 from optpipe.graph.gates import Gated
 from optpipe.graph.refit import refit_errors
+from optpipe.graph.rescale import rescale
 from optpipe.graph.stages import observe, stage_readers
 from optpipe.graph.structure import structure_key
 from optpipe.graph.surgery import apply
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "observe",
     "refit_errors",
+    "rescale",
     "split",
     "stage_readers",
     "structure_key",
