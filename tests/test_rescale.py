@@ -58,7 +58,7 @@ def by_batch(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-# By batch statistics the eps of the batch-norms is left, which tells where an untrained network hardly varies.
+# By batch statistics the eps of the batch-norms is left; it tells where an untrained network hardly varies.
 @pytest.mark.parametrize(
     ("name", "by_batch_limit"), [("resnet20", 1e-4), ("densenet", 1e-4), ("mobilenet_v2", 1e-3)]
 )
