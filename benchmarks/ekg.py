@@ -262,7 +262,8 @@ def reason(stderr: str, code: int) -> str:
     """Why a command failed, in one line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
-    return (said or lines or [f"exit code {code}"])[-1]
+    text = (said or lines or [f"exit code {code}"])[-1]
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def outcome(job: Job) -> tuple[Figures, Facts]:

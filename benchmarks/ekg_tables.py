@@ -225,7 +225,7 @@ def compared(rows: list[Row]) -> list[str]:
         "",
         "Mean ± standard deviation over seeds. A seed decides the images of the search, the recovery and the "
         "clock. Rows of a seed that differ in the recovery alone share one search: its seconds are counted "
-        "for each of them.",
+        "for each of them. The seconds of a stage are those of the attempt that finished it.",
     ]
 
 

@@ -17,16 +17,16 @@ from benchmarks import ekg, ekg_rival, ekg_tables, ekg_tiny  # noqa: E402
 from benchmarks.ekg_rows import Facts, Figures, Record, Row, Settings, Variant, searched_s  # noqa: E402
 from optpipe import graph, store  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
+from optpipe.errors import UsageError  # noqa: E402
 from optpipe.report import build, schema  # noqa: E402
 from optpipe.types import Plan, Table  # noqa: E402
 from optpipe.zoo.cifar_resnet import resnet20  # noqa: E402
 
-PRACTISE = ROOT / "recipes" / "cifar10" / "practise_resnet20.toml"
 FACTS = Facts("a processor, 2 threads", "Linux", {"torch": "2.15"}, 4660, 423)
 
 
 def call(tmp_path: Path, *words: str) -> list[str]:
-    return [*words, "--recipe", str(PRACTISE), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    return [*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
 
 
 def jobs(tmp_path: Path, *words: str) -> list[ekg.Job]:
@@ -93,7 +93,8 @@ def test_every_command_is_a_recipe_with_one_budget(tmp_path: Path, table: str) -
             [f"{key}={value}" for key, value in overrides(job).items()],
         )
         assert loaded.run.seed == loaded.data.calibration.seed == 1
-        assert loaded.model.name == "zoo:resnet20_cifar"
+        assert loaded.model.name == "zoo:resnet20_cifar" and loaded.method_name == "ekg"
+        assert loaded.recover_name == ("practise" if job.variant.teachers == "mimicking" else None)
 
 
 def test_runs_whose_seconds_are_compared_are_anew_and_in_turn(tmp_path: Path) -> None:
@@ -155,6 +156,17 @@ def test_a_run_that_fails_is_a_row_that_says_why(tmp_path: Path, report: schema.
     assert made.figures is not None and facts is not None and facts.evaluation_count == 423
     text = ekg_tables.markdown(record("macs", [failed, *rows({"fpgm": [93.0]})]))
     assert "- l1, seed 0: the budget cannot be reached" in text
+
+
+def test_a_long_reason_is_cut() -> None:
+    assert ekg.reason("Error: " + "x" * 1000, 4) == "x" * 300 + " ..."
+    assert ekg.reason("Killed", -9) == "Killed"
+    assert ekg.reason("", -9) == "exit code -9"
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such recipe; name another with --recipe"):
+        ekg.main(["macs", "--recipe", str(tmp_path / "none.toml"), "--runs", str(tmp_path)])
 
 
 def test_an_interrupt_ends_the_whole(tmp_path: Path) -> None:
