@@ -263,7 +263,7 @@ def reason(stderr: str, code: int) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
     text = (said or lines or [f"exit code {code}"])[-1]
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def outcome(job: Job) -> tuple[Figures, Facts]:

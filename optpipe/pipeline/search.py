@@ -113,12 +113,12 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     folder = opened.stage_folder("recover")
     start, shape = _start(setup, opened, choice), setup.target.input_shape
     candidate = graph.apply(start, choice.plan, shape)
-    if choice.recover.rescale:
-        candidate = graph.rescale(candidate, start, choice.plan, shape)
+    if choice.recover.rescale and choice.plan.keep_channels:
+        candidate = graph.rescale(start, choice.plan, shape, candidate)
     # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
     seed = setup.recipe.run.seed
     key = store.digest(
-        choice.plan, choice.recover, choice.weights, choice.interim, seed, setup.calibration.digest
+        choice.plan, choice.recover, choice.weights, *choice.interim, seed, setup.calibration.digest
     )[:16]
     teachers = memory.bank_of(setup, folder / f"bank-{key}", start, choice, emit)
     trained = tune.train(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -69,10 +69,12 @@ def surface_svg(
     with _style():
         figure, axes = _empty()
         levels = np.linspace(low, high, _LEVELS + 1)
-        shown = axes.contourf(surface.x, surface.y, values, levels, cmap="viridis", extend="both")
+        beyond: Literal["both", "neither"] = "both" if limits else "neither"
+        shown = axes.contourf(surface.x, surface.y, values, levels, cmap="viridis", extend=beyond)
         axes.contour(surface.x, surface.y, values, levels, colors="black", linewidths=0.3)
         axes.plot([0], [0], "+", color="white", markersize=10, markeredgewidth=1.5)
         figure.colorbar(shown, ax=axes, label=value_label)
+        axes.locator_params(nbins=5)
         _name(axes, title, x_label, y_label)
         return _text(figure, title)
 
