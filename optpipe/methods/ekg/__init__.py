@@ -118,6 +118,7 @@ def search(scene: Scene, config: Config) -> Search:
         autocast=config.autocast == "bf16" or (config.autocast == "auto" and scene.native_bf16),
         device=scene.device,
         seed=scene.seed,
+        most=config.tries,
     )
     costs = graph.Costs(scene.model, shape, widths)
     yield from _check_reachable(scene, widths, costs)
@@ -143,6 +144,8 @@ def _check(scene: Scene, config: Config) -> None:
     ):
         if not 0 < value <= most:
             raise UsageError(f"[method] {key} = {value}: must be above 0" + (" and at most 0.9" * (most < 1)))
+    if config.tries < 0:
+        raise UsageError(f"[method] tries = {config.tries}: must be above 0, or 0 for no limit")
     if config.timed == "last" and scene.budget.allowed_ratio(scene.baseline) is not None:
         raise UsageError('[method] timed = "last": a latency budget needs every step timed; set "every"')
 

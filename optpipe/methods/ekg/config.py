@@ -17,7 +17,8 @@ class Config:
     the weights, "random" at nothing. ``guide``: whose outputs the reward holds a candidate against beside the
     labels: nobody's, the original's, or the ensemble's (Table 2). ``ratio``: the share of a layer's filters
     that a step removes. ``score_images`` and ``tuning_images``: images of each class for the reward (D_val)
-    and for the epoch before the search (D_subset), disjoint.
+    and for the epoch before the search (D_subset), disjoint. ``tries``: how many layers a step evaluates at
+    the most, the cheapest first; 0 leaves it to the threshold.
 
     ``widths``: "measured" steps to channel counts that the target executes well, "any" by ``ratio`` alone;
     "auto" is "measured" for a latency budget. ``select``: the candidate of the highest reward, or of the
@@ -30,6 +31,7 @@ class Config:
     ratio: float = 0.2
     score_images: int = 32
     tuning_images: int = 256
+    tries: int = 0
     widths: Literal["auto", "any", "measured"] = "auto"
     select: Literal["auto", "reward", "reward_per_saving"] = "auto"
     timed: Literal["every", "last"] = "every"

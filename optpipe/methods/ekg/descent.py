@@ -74,7 +74,8 @@ def descend(field: Field) -> Generator[Sequence[Request], Sequence[Answer], list
     history: list[Kept] = [tuple(tuple(range(group.channels)) for group in field.groups)]
     taken: list[Taken] = []
     chain = f"{_VERSION} {field.tuned} {field.config.score} {field.config.guide} {field.config.autocast} "
-    chain += f"{field.config.score_images} {field.config.tuning_images}"
+    chain += f"{field.config.score_images} {field.config.tuning_images} "
+    chain += f"{field.config.tries} {field.scene.native_bf16} {field.scene.device}"
     while True:
         kept = history[-1]
         after = _after(field, kept)

@@ -8,14 +8,17 @@ TRIM = 0.1
 """The share of the layers that is left out at either end before the threshold is sought."""
 
 
-def tried(sums: Sequence[float]) -> tuple[int, ...]:
+def tried(sums: Sequence[float], most: int = 0) -> tuple[int, ...]:
     """The indices of the layers whose summed low scores are not above the trimmed Otsu threshold.
 
     Greedy search need not evaluate a layer whose cheapest filters are already costly. At least the lowest
-    one is tried.
+    one is tried, and of more than ``most`` (0 is no limit) the lowest.
     """
     limit = trimmed_otsu(sums)
-    return tuple(index for index, value in enumerate(sums) if value <= limit)
+    below = [index for index, value in enumerate(sums) if value <= limit]
+    if most and len(below) > most:
+        below = sorted(sorted(below, key=sums.__getitem__)[:most])
+    return tuple(below)
 
 
 def trimmed_otsu(values: Sequence[float]) -> float:

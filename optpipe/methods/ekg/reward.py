@@ -91,8 +91,11 @@ class Judge:
         autocast: bool,
         device: str,
         seed: int,
+        most: int = 0,
     ) -> None:
+        """``most`` limits how many layers are tried in a step; 0 leaves it to their scores."""
         self._network = network
+        self._most = most
         self._score: scores.Score = score
         self._guide = guide
         self._seed = seed
@@ -126,7 +129,7 @@ class Judge:
                 order = layers.ascending(kept[group], values[group].tolist(), channels, blocks)
                 changes.append((group, tuple(order[: len(kept[group]) - count])))
         sums = [float(values[group][list(removed)].sum()) / gains[group] for group, removed in changes]
-        tried = [changes[index] for index in layers.tried(sums)]
+        tried = [changes[index] for index in layers.tried(sums, self._most)]
         return Facts(reward, loss, self._compare(self._masks(kept), knowledge, tried))
 
     def measure(self, history: Sequence[Kept]) -> Facts:
