@@ -31,6 +31,7 @@ from optpipe.types import (
     Block,
     Cell,
     Choice,
+    Interim,
     Plan,
     Request,
     Scene,
@@ -123,7 +124,8 @@ def search(scene: Scene, config: Config) -> Search:
         drops.append(_Drop(best, errors[best], scores[best], cast(Trial, answer)))
     plan = drops[-1].trial.ask.plan
     tables = (_block_table(blocks, savings, first, drops), _prefix_table(scene, savings, drops))
-    return Choice(plan, scene.recover, _reason(scene, drops), tables)
+    interim = (Interim(Plan()), *(Interim(drop.trial.ask.plan) for drop in drops))
+    return Choice(plan, scene.recover, _reason(scene, drops), tables, interim=interim)
 
 
 def _time_each(blocks: Sequence[Block]) -> Generator[Sequence[Request], Sequence[Answer], dict[str, _Saving]]:
