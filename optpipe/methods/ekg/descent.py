@@ -69,46 +69,63 @@ class Field:
 
 
 def descend(field: Field) -> Generator[Sequence[Request], Sequence[Answer], list[Taken]]:
-    """Step by step from the whole network to the budget; the last has what is chosen."""
-    scene = field.scene
+    """Every accepted step from the whole network to the budget, and at the end the chosen network itself."""
     history: list[Kept] = [tuple(tuple(range(group.channels)) for group in field.groups)]
     taken: list[Taken] = []
-    chain = f"{_VERSION} {field.tuned} {field.config.score} {field.config.guide} {field.config.autocast} "
-    chain += f"{field.config.score_images} {field.config.tuning_images} "
-    chain += f"{field.config.tries} {field.scene.native_bf16} {field.scene.device}"
-    while True:
+    # Each step's key holds that of the step before, and with it all that came before.
+    chain = _settings(field)
+    done = False
+    while not done:
         kept = history[-1]
         after = _after(field, kept)
-        gains = _gains(field, kept, after)
         if all(count is None for count in after):
             raise RunError(_exhausted(field, taken))
+        gains = _gains(field, kept, after)
         work = partial(_encoded, field.judge, tuple(history), after, gains)
         (answer,) = yield [Step(f"step {len(history)}", f"ekg {chain} {after} {gains}", work)]
         result = cast(StepResult, answer)
         facts = Facts.decode(result.values)
         best = _best(field, facts, gains)
-        reached = _without(kept, best.group, best.removed)
-        if not field.by_time:
-            reached = _refined(field, kept, best)
-        trial: Trial | None = None
-        last = not field.by_time and budgets.sizes_meet(scene.budget, *_sizes(field, reached))
-        if field.by_time or last or field.config.timed == "every":
-            (answer,) = yield [Ask(plan_of(field.groups, reached))]
-            trial = cast(Trial, answer)
-        if field.by_time:
-            assert trial is not None and trial.latency is not None
-            last = budgets.latency_meets(scene, trial.latency)
-            if last:
-                reached, trial = yield from _finest(field, kept, best, trial)
+        reached, trial, done = yield from _reached(field, kept, best)
         history.append(reached)
-        chain = f"{result.key} {reached[best.group]}"
         taken.append(_taken(field, facts, best, kept, reached, trial))
-        if last:
-            break
+        chain = f"{result.key} {reached[best.group]}"
     work = partial(_encoded, field.judge, tuple(history), None, ())
     (answer,) = yield [Step("chosen", f"ekg {chain}", work)]
     end = Facts.decode(cast(StepResult, answer).values)
     return [*taken, replace(taken[-1], facts=end, kept=history[-1], group=None)]
+
+
+def _settings(field: Field) -> str:
+    """What every step depends on beside the networks and the images."""
+    config, scene = field.config, field.scene
+    images = f"{config.score_images} {config.tuning_images} {config.tries}"
+    machine = f"{config.autocast} {scene.native_bf16} {scene.device}"
+    return f"{_VERSION} {field.tuned} {config.score} {config.guide} {images} {machine}"
+
+
+def _reached(
+    field: Field, kept: Kept, best: Candidate
+) -> Generator[Sequence[Request], Sequence[Answer], tuple[Kept, Trial | None, bool]]:
+    """(the network after a step, its trial if it was timed, whether it meets the budget).
+
+    A step that meets the budget is cut down to what the budget needs.
+    """
+    if not field.by_time:
+        reached = _refined(field, kept, best)
+        done = budgets.sizes_meet(field.scene.budget, *_sizes(field, reached))
+        if not done and field.config.timed == "last":
+            return reached, None, done
+        (answer,) = yield [Ask(plan_of(field.groups, reached))]
+        return reached, cast(Trial, answer), done
+    reached = _without(kept, best.group, best.removed)
+    (answer,) = yield [Ask(plan_of(field.groups, reached))]
+    trial = cast(Trial, answer)
+    assert trial.latency is not None
+    done = budgets.latency_meets(field.scene, trial.latency)
+    if done:
+        reached, trial = yield from _finest(field, kept, best, trial)
+    return reached, trial, done
 
 
 def _encoded(

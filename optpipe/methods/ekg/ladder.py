@@ -125,7 +125,7 @@ def _ladder(
         assert latency is not None and latency.ratio_to_original is not None
         low, high = cast("tuple[float, float]", latency.ratio_ci95)
         timed.append(Rung(count, 1.0 - latency.ratio_to_original, 1.0 - high, 1.0 - low))
-    total = sum(macs[index] for index in members)
+    total = sum(macs[index] for index in members) or 1  # groups of one channel have none to give
     shares = tuple(macs[index] / total for index in members)
     return Ladder(groups[members[0]].channels, tuple(members), shares, tuple(timed))
 

@@ -150,40 +150,44 @@ class Judge:
 
         Knowledge is T_i (Eq. 8) as probabilities (B, classes); none where nobody guides.
         """
-        kept = history[-1]
-        masks = self._masks(kept)
-        joins = self._guide == "ensemble" or (self._guide == "single" and len(history) == 1)
-        self._catch_up(history[: -1 if joins else 1])
+        masks = self._masks(history[-1])
+        joins = self._catch_up(history)
         by_gradient = scored and scores.comparable(self._score)
         leaves = [mask.clone().requires_grad_(by_gradient) for mask in masks]
-        gated = self._own if self._own is not None and by_gradient else self._gated
+        scoring = self._own if self._own is not None and by_gradient else self._gated
         reward = loss = 0.0
         knowledge: list[torch.Tensor] = []
         for number, images in enumerate(self._images):
             share = len(images) / self._total
-            with torch.set_grad_enabled(by_gradient):
-                logits = gated.logits(images, leaves)
-                if self._guide != "none":
-                    knowledge.append(self._known(number, logits.detach() if joins else None))
-                own_reward, own_loss = self._reward(logits, number, knowledge)
+            traced = scoring.logits(images, leaves)
+            # Gates elsewhere are there for their gradient; they do not stand for the network that is cut.
+            logits = traced.detach() if scoring is self._gated else self._gated.logits(images, masks)
+            if self._guide != "none":
+                knowledge.append(self._known(number, logits if joins else None))
             if by_gradient:
-                (own_reward * share).backward()  # type: ignore[no-untyped-call]
-            reward += share * float(own_reward.detach())
-            loss += share * float(own_loss.detach())
+                (self._reward(traced, number, knowledge)[0] * share).backward()  # type: ignore[no-untyped-call]
+            own_reward, own_loss = self._reward(logits, number, knowledge)
+            reward += share * float(own_reward)
+            loss += share * float(own_loss)
         if joins:
-            self._seen = len(history)
-        return reward, loss, knowledge, self._scores(kept, leaves) if scored else []
+            self._seen += 1
+        return reward, loss, knowledge, self._scores(history[-1], leaves) if scored else []
 
-    def _catch_up(self, history: Sequence[Kept]) -> None:
-        """Add the logits of earlier networks that are not in the sum yet, as after a resumption."""
-        if self._guide == "none":
-            return
-        for kept in history[self._seen :]:
+    def _catch_up(self, history: Sequence[Kept]) -> bool:
+        """Bring the sum of logits to the networks before the last, as after a resumption.
+
+        True where the last one is to join them, which it does once.
+        """
+        guides = {"none": (), "single": history[:1], "ensemble": history}[self._guide]
+        if self._seen > len(guides):
+            self._sum, self._seen = [], 0
+        joins = len(guides) == len(history) > self._seen
+        for kept in guides[self._seen : -1 if joins else None]:
             masks = self._masks(kept)
             for number, images in enumerate(self._images):
-                with torch.no_grad():
-                    self._add(number, self._gated.logits(images, masks))
+                self._add(number, self._gated.logits(images, masks))
             self._seen += 1
+        return joins
 
     def _add(self, number: int, logits: torch.Tensor) -> None:
         if number == len(self._sum):
