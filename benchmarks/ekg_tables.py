@@ -207,7 +207,7 @@ def compared(rows: list[Row]) -> list[str]:
     ekg_first = len(ordered) > 1 and ordered[0].name == GUIDES[0] and ordered[0].mean > ordered[1].mean
     lines = [
         "",
-        f"- Scorers under the same recovery, EKG first: {str(ekg_first).lower()}. {who_is_first(rows, plain)}",
+        f"- EKG first of {len(plain)} scorers under the same recovery: {str(ekg_first).lower()}. {who_is_first(rows, plain)}",
         f"- All configurations: {who_is_first(rows, list(by_variant(rows)))}",
     ]
     if "ekg-none-none" in by_variant(rows):
