@@ -349,7 +349,7 @@ def one_line(row: Row) -> str:
         return f"{row.variant.name}, seed {row.seed}: FAILED: {row.failed}"
     return (
         f"{row.variant.name}, seed {row.seed}: top-1 {figures.top1:.2f} ({figures.before_recovery:.1f} before), "
-        f"latency -{figures.saving:.1f}%, MACs -{figures.macs_saving:.1f}%, {figures.whole_s:.0f} s"
+        f"latency {-figures.saving:+.1f}%, MACs -{figures.macs_saving:.1f}%, {figures.whole_s:.0f} s"
     )
 
 
