@@ -78,6 +78,7 @@ def build(
     *,
     classes: int,
     device: str = "cpu",
+    half: bool = False,
     emit: Emit | None = None,
 ) -> MemoryBank:
     """A bank of the logits of ``networks`` on all ``images``, in ``folder`` (EKG, Eq. 10).
@@ -85,7 +86,8 @@ def build(
     The folder's name must say what the logits depend on: complete files that are there are taken as they
     are, so that a killed build goes on with the teacher that it was at. Each network is made when its turn
     comes and let go after it. Images are not augmented; batch-norm takes batch statistics, as in the
-    search: interim networks were never trained, and their running statistics are the original's.
+    search: interim networks were never trained, and their running statistics are the original's. ``half`` computes
+    in bfloat16.
 
     Raises:
         UsageError: the images have no labels.
@@ -102,7 +104,7 @@ def build(
     _announce(folder, shape, len(paths), len(missing), emit)
     for number, (path, network) in enumerate(zip(paths, networks, strict=True), start=1):
         if path in missing:
-            _write(path, network(), images, shape, device)
+            _write(path, network(), images, shape, device, half=half)
         if emit is not None:
             emit(Event("progress", "memory bank", path.stem, number, len(paths)))
     return open_bank(folder, len(paths), images, classes=classes)
@@ -148,7 +150,9 @@ def _announce(folder: Path, shape: tuple[int, int], teachers: int, missing: int,
         )
 
 
-def _write(path: Path, network: nn.Module, images: Images, shape: tuple[int, int], device: str) -> None:
+def _write(
+    path: Path, network: nn.Module, images: Images, shape: tuple[int, int], device: str, *, half: bool
+) -> None:
     """Store a network's logits batch by batch; the file is the whole new one or none.
 
     Written in sequence, not through a map: a map on a full disk ends the process without a word.
@@ -156,7 +160,7 @@ def _write(path: Path, network: nn.Module, images: Images, shape: tuple[int, int
     header = {"descr": np.lib.format.dtype_to_descr(STORED), "fortran_order": False, "shape": shape}
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for rows in tune.logit_batches(network, images, device, "batch"):
+        for rows in tune.logit_batches(network, images, device, "batch", half=half):
             if rows.shape[1] != shape[1]:
                 raise RunError(f"{path.stem}: has {rows.shape[1]} classes, the bank {shape[1]}")
             largest = float(rows.abs().max())

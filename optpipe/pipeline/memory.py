@@ -33,8 +33,15 @@ def bank_of(
     plans = [Plan()] if tuning.teachers == "single" else spaced(setup, start, choice, emit)
     shape = setup.target.input_shape
     networks = [partial(graph.apply, start, plan, shape) for plan in plans]
+    half = tune.on_this_machine(tuning, setup.device).autocast == "bf16"
     return bank.build(
-        folder, networks, setup.calibration, classes=setup.graph.classes, device=setup.device, emit=emit
+        folder,
+        networks,
+        setup.calibration,
+        classes=setup.graph.classes,
+        device=setup.device,
+        half=half,
+        emit=emit,
     )
 
 

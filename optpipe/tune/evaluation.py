@@ -36,22 +36,33 @@ def distance(
 
 
 def logits(
-    network: nn.Module, images: Images, device: str = "cpu", batch_norm: BatchNorm = "running"
+    network: nn.Module,
+    images: Images,
+    device: str = "cpu",
+    batch_norm: BatchNorm = "running",
+    *,
+    half: bool = False,
 ) -> torch.Tensor:
     """A network's logits (N, classes) of all images, on the CPU.
 
     ``batch_norm`` "batch" normalises with each batch's own statistics (batches of about 256 images, in the
     set's order, which should be a random one), as EKG does in its search: a network whose filters were just
-    taken out has running statistics of another network. The running statistics stay as they are.
+    taken out has running statistics of another network. The running statistics stay as they are. ``half``
+    computes in bfloat16.
 
     Raises:
         RunError: statistics of a single image are asked for.
     """
-    return torch.cat(list(logit_batches(network, images, device, batch_norm)))
+    return torch.cat(list(logit_batches(network, images, device, batch_norm, half=half)))
 
 
 def logit_batches(
-    network: nn.Module, images: Images, device: str = "cpu", batch_norm: BatchNorm = "running"
+    network: nn.Module,
+    images: Images,
+    device: str = "cpu",
+    batch_norm: BatchNorm = "running",
+    *,
+    half: bool = False,
 ) -> Iterator[torch.Tensor]:
     """The rows of :func:`logits` batch by batch, in order, for a set whose logits do not fit in memory."""
     size = EVALUATION_BATCH
@@ -63,9 +74,9 @@ def logit_batches(
         network = there(network, device)
     for batch in _batches(images, device, size):
         # Not around the loop: a generator would leave its caller in inference mode.
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             found: torch.Tensor = network(batch)
-        yield found.cpu()
+        yield found.float().cpu() if half else found.cpu()
 
 
 def _on_batch_statistics(network: nn.Module) -> nn.Module:
