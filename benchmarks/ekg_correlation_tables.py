@@ -30,11 +30,11 @@ class Settings:
 
     network: str = "resnet56"
     networks: int = 30
-    epochs: float = 5.0
+    epochs: float = 4.0
     lr: float = 0.01
     points: int = 5
     iterations: int = 8
-    images: int = 6
+    images: int = 4
     seed: int = 0
 
 
@@ -137,7 +137,7 @@ def bootstrap(
     y: NDArray[np.float64],
 ) -> Interval:
     """(the figure of all networks, and the ends of its 95% interval over networks drawn anew)."""
-    draws = np.random.default_rng(0).integers(0, len(y), (2000, len(y)))
+    draws = np.random.default_rng(0).integers(0, len(y), (1000, len(y)))
     low, high = np.percentile([figure(x[draw], y[draw]) for draw in draws], [2.5, 97.5])
     return figure(x, y), float(low), float(high)
 
