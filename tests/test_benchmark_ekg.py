@@ -231,7 +231,7 @@ def test_a_ladder_holds_only_in_strict_order() -> None:
 def test_the_accuracy_table_says_who_is_first_even_where_it_is_not_ekg() -> None:
     text = ekg_tables.markdown(record("macs", rows({"l1": [93.0, 93.2], "ekg-ensemble-none": [92.0, 92.4]})))
     assert (
-        "EKG first of 2 scorers under the same recovery: false. `l1` 93.10 ± 0.14 is first, 0.90 points before"
+        "EKG first of 2 scorers under the same recovery: false. `l1` 93.10 ± 0.14 is first, 0.90 points"
         in text
     )
     assert "| l1 | l1 | none | none | 2 | 93.10 ± 0.14 | -0.75 ± 0.14 |" in text
