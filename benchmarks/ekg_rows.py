@@ -99,6 +99,7 @@ class Settings:
     steps: int
     overrides: tuple[str, ...]
     machine: str
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)

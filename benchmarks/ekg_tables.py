@@ -16,7 +16,7 @@ PAPER_IMAGES = 50_000
 PAPER_TIME = 1.29
 ALLOWED_TIME = 1.35
 
-GUIDES = ("ekg-ensemble-none", "ekg-single-none", "ekg-none-none")
+GUIDES = ("ekg-ensemble-none", "ekg-single-none", "gbn")
 TEACHERS = ("ekg-ensemble-ensemble", "ekg-ensemble-single", "ekg-ensemble-none")
 SCORERS = ("ekg-ensemble-none", "gbn", "fpgm", "l1", "random")
 
@@ -87,6 +87,11 @@ def heading(record: Record) -> list[str]:
         asked += (
             ' Accuracy is compared here, so `method.timed = "last"`: only the result is built and timed, not '
             "each step of the search."
+        )
+    if settings.workers > 1:
+        asked += (
+            f" {settings.workers} runs went at a time, each with its share of the cores: accuracies are compared "
+            "here, latencies and seconds are disturbed."
         )
     if settings.overrides:
         asked += f" Besides: {', '.join(f'`{word}`' for word in settings.overrides)}."
@@ -210,7 +215,7 @@ def compared(rows: list[Row]) -> list[str]:
         f"- EKG first of {len(plain)} scorers under the same recovery: {str(ekg_first).lower()}. {who_is_first(rows, plain)}",
         f"- All configurations: {who_is_first(rows, list(by_variant(rows)))}",
     ]
-    if "ekg-none-none" in by_variant(rows):
+    if "ekg-single-none" in by_variant(rows):
         lines += [
             f"- Ensemble above Single above None in the search (recovery without teachers): {ladder(rows, GUIDES)}.",
             "- Ensemble above Single above None in the recovery (search guided by the ensemble): "
