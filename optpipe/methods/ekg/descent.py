@@ -26,7 +26,7 @@ from optpipe.types import (
 )
 
 # Part of every step's key: raise it when a step would come out different.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +234,15 @@ def _taken(
 
 
 def _exhausted(field: Field, taken: Sequence[Taken]) -> str:
-    latency = taken[-1].latency if taken else None
-    reached = f"{budgets.saved(latency):.1%} of the latency" if latency is not None else "nothing"
+    reached = "nothing"
+    if taken:
+        end, budget = taken[-1], field.scene.budget
+        if end.latency is not None and field.by_time:
+            reached = f"{budgets.saved(end.latency):.1%} of the latency"
+        elif budget.parameters_reduction is not None:
+            reached = f"{1 - end.parameters:.1%} of the parameters"
+        else:
+            reached = f"{1 - end.macs:.1%} of the MACs"
     return (
         f"no widths meet the budget: every group is at the smallest count that the target executes well, "
         f'which saves {reached}; lower the budget, or let widths be any ([method] widths = "any")'

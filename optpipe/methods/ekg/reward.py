@@ -12,7 +12,7 @@ Batch-norm uses the statistics of the batch, as the authors' search does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,12 +100,14 @@ class Judge:
         self._guide = guide
         self._seed = seed
         self._gated = graph.Gated(network, input_shape, autocast=autocast, device=device, widths=widths)
-        # A score by a filter's own output needs gates elsewhere.
-        self._own = (
-            graph.Gated(network, input_shape, at="own", autocast=autocast, device=device, widths=widths)
-            if score == "gbn"
-            else None
-        )
+        # A score by a filter's own output needs gates elsewhere, one for each layer of a group.
+        self._own: graph.Gated | None = None
+        self._groups: tuple[int, ...] = tuple(range(len(widths.groups)))
+        if score == "gbn":
+            each, self._groups = _each_layer(widths)
+            self._own = graph.Gated(
+                network, input_shape, at="own", autocast=autocast, device=device, widths=each
+            )
         assert images.labels is not None
         parts = _balanced(indices, BATCH)
         self._images = [images.batch(part).to(device) for part in parts]
@@ -153,15 +155,15 @@ class Judge:
         masks = self._masks(history[-1])
         joins = self._catch_up(history)
         by_gradient = scored and scores.comparable(self._score)
-        leaves = [mask.clone().requires_grad_(by_gradient) for mask in masks]
-        scoring = self._own if self._own is not None and by_gradient else self._gated
+        leaves = [masks[group].clone().requires_grad_(by_gradient) for group in self._groups]
+        scoring = self._gated if self._own is None else self._own
         reward = loss = 0.0
         knowledge: list[torch.Tensor] = []
         for number, images in enumerate(self._images):
             share = len(images) / self._total
             traced = scoring.logits(images, leaves)
             # Gates elsewhere are there for their gradient; they do not stand for the network that is cut.
-            logits = traced.detach() if scoring is self._gated else self._gated.logits(images, masks)
+            logits = traced.detach() if self._own is None else self._gated.logits(images, masks)
             if self._guide != "none":
                 knowledge.append(self._known(number, logits if joins else None))
             if by_gradient:
@@ -203,13 +205,17 @@ class Judge:
         return (self._sum[number] / (self._seen + 1)).softmax(dim=1)
 
     def _scores(self, kept: Kept, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Every group's scores (channels,): Eq. 9 from the masks' gradients, or from the weights."""
+        """Every group's scores (channels,): Eq. 9 from the masks' gradients, or from the weights.
+
+        Where each layer has its own gates they add up, as GBN has it for layers that are tied; a single
+        gate for all of them would be Eq. 9 again, for what lies between is linear or a ReLU.
+        """
         if not scores.comparable(self._score):
             return scores.of_weights(self._score, self._network, self._gated.groups, kept, self._seed)
-        found = []
-        for leaf in leaves:
+        found = [torch.zeros(group.channels) for group in self._gated.groups]
+        for group, leaf in zip(self._groups, leaves, strict=True):
             assert leaf.grad is not None
-            found.append(leaf.grad.abs().cpu())
+            found[group] += leaf.grad.abs().cpu()
         return found
 
     def _reward(
@@ -244,6 +250,18 @@ class Judge:
             Candidate(group, removed, float(reward), float(loss))
             for (group, removed), reward, loss in zip(changes, rewards, losses, strict=True)
         )
+
+
+def _each_layer(widths: graph.WidthMap) -> tuple[graph.WidthMap, tuple[int, ...]]:
+    """A map in which every layer of a group is a group of its own, and of which group each of them is."""
+    groups, parts, found = [], [], []
+    for index, (group, reached) in enumerate(zip(widths.groups, widths.parts, strict=True)):
+        for path in group.layers:
+            groups.append(replace(group, name=path, layers=(path,)))
+            parts.append(tuple(part for part in reached if part.outputs and part.layer == path))
+            found.append(index)
+    blocks = tuple(widths.blocks[index] for index in found)
+    return graph.WidthMap(tuple(groups), tuple(parts), blocks, widths.fixed), tuple(found)
 
 
 def _balanced(indices: Sequence[int], most: int) -> list[list[int]]:
