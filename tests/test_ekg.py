@@ -90,6 +90,7 @@ ONCE: Kept = (WHOLE[0], (0, 1, 3, 4), WHOLE[2])
 TWICE: Kept = ((0, 2, 3, 5), ONCE[1], WHOLE[2])
 HISTORY = (WHOLE, ONCE, TWICE)
 FEWER = (2, 3, 5)
+GRADIENTS: tuple[Score, Score] = ("gbn", "taylor")
 
 
 def judge(
@@ -371,6 +372,35 @@ def test_a_filters_score_is_gradient_times_what_the_next_layer_reads(steps: int)
     cheap, dear = (judge().facts(history, (1, 1, 1), (gain, 1.0, 1.0)) for gain in (1e6, 1e-6))
     assert 0 in {one.group for one in cheap.candidates}
     assert {one.group for one in dear.candidates} == {1, 2}
+
+
+def test_gbn_scores_a_filter_by_what_its_own_layers_make() -> None:
+    model, made = cut(WHOLE).requires_grad_(True), dict[str, torch.Tensor]()
+
+    def keep(path: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        def hook(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            output.retain_grad()
+            made[path] = output
+
+        return hook
+
+    for path in ("stem_norm", "norm1", "norm2"):
+        model.get_submodule(path).register_forward_hook(keep(path))
+    logs = model(PICTURES.batch(slice(None))).log_softmax(1)
+    torch.autograd.backward((truth() * logs).sum(1).mean())
+
+    def product(path: str) -> torch.Tensor:
+        gradient = made[path].grad
+        assert gradient is not None
+        return (gradient * made[path].detach()).sum((0, 2, 3))
+
+    found, read = (judge("none", score)._look([WHOLE], scored=True)[3] for score in GRADIENTS)
+    tied = product("stem_norm").abs() + product("norm2").abs()
+    assert found[0].tolist() == pytest.approx(tied.tolist(), rel=1e-3, abs=1e-6)
+    assert found[1].tolist() == pytest.approx(product("norm1").abs().tolist(), rel=1e-3, abs=1e-6)
+    # Before a ReLU and a single reader that is the same; at a residual sum it is not.
+    assert found[1].tolist() == pytest.approx(read[1].tolist(), rel=1e-3, abs=1e-6)
+    assert float((found[0] - read[0]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("score", ["taylor", "gbn", "l1", "fpgm", "random"])
