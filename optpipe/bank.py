@@ -86,8 +86,8 @@ def build(
     The folder's name must say what the logits depend on: complete files that are there are taken as they
     are, so that a killed build goes on with the teacher that it was at. Each network is made when its turn
     comes and let go after it. Images are not augmented; batch-norm takes batch statistics, as in the
-    search: interim networks were never trained, and their running statistics are the original's. ``half`` computes
-    in bfloat16.
+    search: interim networks were never trained, and their running statistics are the original's. ``half``
+    computes in bfloat16.
 
     Raises:
         UsageError: the images have no labels.

@@ -308,11 +308,6 @@ def test_the_single_teacher_is_the_original(tmp_path: Path, other: preparation.S
     assert torch.allclose(built.mean((0,), range(40)), expected, atol=2e-3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the chosen network teaches too: memory.spaced gives Eq. 11 the original and the chosen one, and "
-    "of K evenly spaced losses those nearer to the chosen one's fall to it",
-)
 def test_where_a_method_left_no_networks_on_the_way_the_original_alone_teaches(
     other: preparation.Setup,
 ) -> None:

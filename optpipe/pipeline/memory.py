@@ -50,7 +50,9 @@ def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> l
 
     Where a method left none, the original is the only teacher.
     """
-    interim = choice.interim or (Interim(Plan()), Interim(choice.plan))
+    interim = choice.interim
+    if not interim:
+        return [Plan()]
     losses = [one.loss for one in interim]
     if any(loss is None for loss in losses):
         emit(Event("note", "memory bank", f"comparing {len(interim)} networks"))
