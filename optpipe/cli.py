@@ -212,6 +212,55 @@ def rebuild(run: Path, *, gpu: bool, backend: str | None, out: Path | None, debu
 
 
 @cli.command()
+@RUN
+@click.option("--images", type=click.IntRange(min=1), default=8, show_default=True, help="Of each class.")
+@click.option("--at-most", type=click.IntRange(min=2), default=128, show_default=True, help="Images in all.")
+@click.option(
+    "--points",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Along the gradient; an odd number.",
+)
+@click.option(
+    "--iterations", type=click.IntRange(min=1), default=8, show_default=True, help="Of Lanczos, at a point."
+)
+@click.option(
+    "--grid", type=click.IntRange(min=3), default=9, show_default=True, help="Each way, on the surface."
+)
+@click.option(
+    "--reach",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="How far to look, in gradients.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for what comes out [RUN/landscape].")
+@DEBUG
+def landscape(
+    run: Path,
+    *,
+    images: int,
+    at_most: int,
+    points: int,
+    iterations: int,
+    grid: int,
+    reach: float,
+    out: Path | None,
+    debug: bool,
+) -> None:
+    """Condition numbers and loss surfaces of a RUN's networks; its calibration images need labels."""
+    from optpipe import survey as surveys
+    from optpipe.console import EventConsole
+
+    settings = surveys.Settings(images, at_most, points, iterations, grid, reach)
+    folder = out or run / "landscape"
+    with EventConsole() as console:
+        survey = surveys.survey(run, settings, folder, emit=console.show)
+    click.echo(surveys.as_text(survey, folder), nl=False)
+
+
+@cli.command()
 @click.option("--gpu", is_flag=True, help="What engines on an NVIDIA GPU take, and a self-test of them.")
 @click.option("--self-test", is_flag=True, help="Build, compare and time a small engine of each kind.")
 @DEBUG
