@@ -87,8 +87,8 @@ class Surveyed:
     """One network's landscape; ``figure`` is the surface's file, beside landscape.json.
 
     ``condition_number`` is |smallest / largest| eigenvalue of the Hessian at the weights (EKG, Eq. 6),
-    ``condition_mean`` its mean along the gradient (A.3). ``worst_residual``: how far an eigenvalue may be
-    off, at the worst point, as a share of the largest absolute one there; more iterations lower it.
+    ``condition_mean`` its mean along the gradient (A.3). ``worst_residual``: an eigenvalue lies within
+    that share of the largest absolute one, at the worst point; ones further out can still be missed.
     """
 
     name: Name
@@ -255,7 +255,8 @@ def as_text(survey: Survey, folder: Path) -> str:
             "",
             *table,
             "",
-            f"eigenvalues are known to {worst:.1%} of the largest or better; more --iterations find more",
+            f"residuals: at most {worst:.1%} of the largest eigenvalue; more --iterations lower them and may "
+            "find eigenvalues further out",
             f"{folder}: {JSON}, {figure_names}\n",
         ]
     )
