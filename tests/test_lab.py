@@ -327,7 +327,7 @@ def test_a_step_depends_on_seed_weights_and_images(tmp_path: Path, subject: lab.
     changed = {
         "seed": replace(subject, seed=1),
         "weights": replace(subject, model_digest="e" * 64),
-        "images": replace(subject, calibration=replace(subject.calibration, digest="c" * 64)),  # type: ignore[type-var]
+        "images": replace(subject, calibration=replace(subject.calibration, digest="c" * 64)),
     }
     run = store.Run(tmp_path / "run", None)
     step = Step("scores", "1", lambda: (1.0,))
