@@ -170,6 +170,7 @@ class Lab:
             return stored[0], "cached" if stored[1] else "reused"
         watch = timing.Stopwatch()
         values = step.function()
+        tune.release(self._device)
         result = StepResult(key, step.name, values, watch.seconds)
         self._run.store_answer("trials", key, "step.json", result)
         return result, "computed"
@@ -184,7 +185,7 @@ class Lab:
         path = self._run.weights(key)
         if path.exists():
             store.load_tensors(candidate, path)
-            return Trained(key, candidate, watch.seconds), "reused"
+            return Trained(key, candidate, store.file_sha256(path), watch.seconds), "reused"
         images = subject.calibration
         if request.images is not None:
             images = data.part(images, request.images)
@@ -201,7 +202,8 @@ class Lab:
         )
         store.save_tensors(path, candidate.state_dict())
         checkpoint.unlink(missing_ok=True)
-        return Trained(key, candidate, watch.seconds), "computed"
+        tune.release(self._device)
+        return Trained(key, candidate, store.file_sha256(path), watch.seconds), "computed"
 
     def _key(self, kind: str, *depends: object) -> str:
         subject = self._subject

@@ -122,6 +122,10 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         )
     if calibration.labels is None:
         _check_labels(recipe, method, recover)
+    try:
+        method.check(shown, calibration, recipe.budget, config)
+    except UsageError as error:
+        raise UsageError(f"{recipe.path}: {error}") from None
     benches = tuple(
         Workbench(
             plugins.backend(name),

@@ -525,7 +525,7 @@ def test_groups_of_equal_width_are_narrowed_together_tied_ones_apart() -> None:
         group("e", ("e",), 8),
         group("f", ("f",), 16),
     )
-    widths = graph.WidthMap(groups, ((),) * 5, (1, 1, 1, 1, 2), ())
+    widths = graph.WidthMap(groups, ((),) * 5, (1, 1, 1, 1, 2), tuple(len(g.layers) for g in groups), ())
     assert ladder.classes(widths) == [(0, 2), (1,), (3,), (4,)]
 
 
@@ -652,7 +652,8 @@ def test_the_verdict_on_a_step_holds_what_was_measured_against_what_the_macs_pro
 def test_every_group_has_its_row_of_widths() -> None:
     every = [group("a", ("a",), 4), group("b", ("b", "c"), 4), group("d", ("d",), 3)]
     fixed = ChannelGroup("e", ("e",), (2, 1), 2, 1, 1, prunable=False, why_not="its channels are the classes")
-    table = tables.width_table([*every, fixed], every, ((0, 1, 2, 3), (1,), (0, 2)))
+    widths = graph.WidthMap(tuple(every), ((),) * 3, (1,) * 3, (1,) * 3, (fixed,))
+    table = tables.width_table([*every, fixed], widths, ((0, 1, 2, 3), (1,), (0, 2)))
     assert table.rows == (
         ("a", 1, 4, 4, "whole"),
         ("b", 2, 4, 1, "narrowed"),

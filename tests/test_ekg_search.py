@@ -107,7 +107,7 @@ class FakeLab:
     def answer(self, request: Request) -> Answer:
         self.requests.append(request)
         if isinstance(request, Train):
-            return Trained("tuned", made())
+            return Trained("tuned", made(), "d" * 64)
         if isinstance(request, Ask):
             ratio = self.ratio(request.plan)
             return Trial(
@@ -145,7 +145,7 @@ def make_scene(budget: Budget, network: nn.Module = NETWORK, images: ImageSet | 
         calibration=images or pictures(),
         baseline=make_latency(10.0),
         budget=budget,
-        recover=Tune(steps=7),
+        recover=Tune(steps=7, loss="labels"),
         seed=0,
     )
 

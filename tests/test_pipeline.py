@@ -660,7 +660,7 @@ def test_evaluation_images_that_are_also_calibration_images_are_refused(tmp_path
 def test_a_method_that_needs_labels_refuses_images_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = {name: getattr(practise, name) for name in ("Config", "RECOVER", "search")}
+    parts = {name: getattr(practise, name) for name in ("Config", "RECOVER", "check", "search")}
     method = SimpleNamespace(**parts, NEEDS_LABELS=True)
     monkeypatch.setattr(plugins, "method", lambda name: method)
     with pytest.raises(

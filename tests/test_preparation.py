@@ -12,7 +12,7 @@ from optpipe import plugins, preparation
 from optpipe import recipe as recipes
 from optpipe.errors import UsageError
 from optpipe.methods import practise
-from optpipe.types import Choice, Method, Plan, Scene, Search, Tune
+from optpipe.types import Budget, Choice, Images, Method, ModelGraph, Plan, Scene, Search, Tune
 
 RECIPE = """
 [model]
@@ -43,6 +43,9 @@ class Learner:
     Config: type = practise.Config
     RECOVER: Tune = LABELS
     NEEDS_LABELS: bool = True
+
+    def check(self, shown: ModelGraph, calibration: Images, budget: Budget, config: object) -> None:
+        pass
 
     def search(self, scene: Scene, config: object) -> Search:
         yield []

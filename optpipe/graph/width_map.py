@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -39,18 +40,38 @@ class WidthMap:
     """The prunable groups of a network in execution order, and the parts that each of them reaches.
 
     ``blocks[i]`` equal runs of the channels of group i must keep equally many each, for a grouped
-    convolution's sake; 1 where every choice is fine. ``fixed`` are the other groups, each with its reason.
+    convolution's sake; 1 where every choice is fine. ``tied[i]`` is how many layers of it make channels of
+    their own, each losing a filter with a channel: depthwise and grouped convolutions only carry them on.
+    ``fixed`` are the other groups, each with its reason.
     Layers are named by path, so the map holds for every network of the same structure.
     """
 
     groups: tuple[ChannelGroup, ...]
     parts: tuple[tuple[Part, ...], ...]
     blocks: tuple[int, ...]
+    tied: tuple[int, ...]
     fixed: tuple[ChannelGroup, ...]
 
     def readers(self, group: int) -> tuple[str, ...]:
         """The layers that read the group's channels as inputs, by path."""
         return tuple(part.layer for part in self.parts[group] if not part.outputs)
+
+    def without(self, layers: Collection[str], reason: str) -> WidthMap:
+        """The map in which groups that one of these layers reads stay whole, for that reason."""
+        stays = [bool(set(self.readers(index)) & set(layers)) for index in range(len(self.groups))]
+        held = tuple(
+            replace(group, prunable=False, why_not=reason)
+            for group, stay in zip(self.groups, stays, strict=True)
+            if stay
+        )
+        free = [index for index, stay in enumerate(stays) if not stay]
+        return WidthMap(
+            tuple(self.groups[index] for index in free),
+            tuple(self.parts[index] for index in free),
+            tuple(self.blocks[index] for index in free),
+            tuple(self.tied[index] for index in free),
+            (*self.fixed, *held),
+        )
 
 
 def width_map(model: nn.Module, input_shape: tuple[int, int, int]) -> WidthMap:
@@ -65,7 +86,7 @@ def width_map_of(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> W
     """The width map of a module that was traced already."""
     follow = dependencies(traced, input_shape)
     paths = {id(module): path for path, module in traced.named_modules()}
-    groups, parts, blocks, fixed = [], [], [], []
+    groups, parts, blocks, tied, fixed = [], [], [], [], []
     for group in groups_of(traced, follow):
         if not group.prunable or isinstance(follow, str):
             fixed.append(group)
@@ -79,7 +100,13 @@ def width_map_of(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> W
         groups.append(group)
         parts.append(reached)
         blocks.append(runs)
-    return WidthMap(tuple(groups), tuple(parts), tuple(blocks), tuple(fixed))
+        tied.append(max(1, sum(_mixes(traced.get_submodule(path)) for path in group.layers)))
+    return WidthMap(tuple(groups), tuple(parts), tuple(blocks), tuple(tied), tuple(fixed))
+
+
+def _mixes(layer: nn.Module) -> bool:
+    """Whether a layer makes new channels of all that it reads."""
+    return not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
 
 
 def _parts(

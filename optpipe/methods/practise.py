@@ -29,9 +29,12 @@ from optpipe.types import (
     Answer,
     Ask,
     Block,
+    Budget,
     Cell,
     Choice,
+    Images,
     Interim,
+    ModelGraph,
     Plan,
     Request,
     Scene,
@@ -90,6 +93,15 @@ class _Drop:
     trial: Trial
 
 
+def check(shown: ModelGraph, calibration: Images, budget: Budget, config: Config) -> None:
+    """UsageError where there is nothing to drop."""
+    if not shown.droppable:
+        raise UsageError(
+            "[method] practise: the network has no droppable block (a residual block with an identity "
+            "shortcut); `optpipe inspect` says why not for each"
+        )
+
+
 def search(scene: Scene, config: Config) -> Search:
     """Score every droppable block, then drop the lowest scores until the measured budget is met.
 
@@ -97,12 +109,8 @@ def search(scene: Scene, config: Config) -> Search:
         UsageError: the network has no droppable block, or fewer than the budget asks for.
         RunError: no plan meets the budget; says what can be reached.
     """
+    check(scene.graph, scene.calibration, scene.budget, config)
     blocks = scene.graph.droppable
-    if not blocks:
-        raise UsageError(
-            "[method] practise: the network has no droppable block (a residual block with an identity "
-            "shortcut); `optpipe inspect` says why not for each"
-        )
     savings = yield from _time_each(blocks)
     eligible = [block.name for block in blocks if savings[block.name].low > 0]
     yield from _check_reachable(scene, eligible, len(blocks))

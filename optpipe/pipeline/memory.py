@@ -46,7 +46,7 @@ def bank_of(
 
 
 def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> list[Plan]:
-    """The plans of the networks on the way whose losses are evenly spaced (EKG, Eq. 11), the original first.
+    """The plans of the networks on the way whose losses are evenly spaced (EKG, Eq. 11), the original last.
 
     Where a method left none, the original is the only teacher.
     """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
+from optpipe.errors import RunError
 from optpipe.lab import Clock, Lab, Subject, drive
 from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
@@ -146,5 +147,8 @@ def _start(setup: Setup, opened: store.Run, choice: Choice) -> fx.GraphModule:
     if not choice.weights:
         return setup.original
     start = copy.deepcopy(setup.original)
-    store.load_tensors(start, opened.weights(choice.weights))
+    path = opened.weights(choice.weights)
+    if not path.exists():
+        raise RunError(f"{path}: the weights that the search trained are gone; start anew with --fresh")
+    store.load_tensors(start, path)
     return start

@@ -17,7 +17,7 @@ from torch import fx
 from optpipe.errors import RunError
 from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
 from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
-from optpipe.tune.machine import native_bf16, on_this_machine, training_device
+from optpipe.tune.machine import native_bf16, on_this_machine, release, training_device
 from optpipe.tune.objective import Objective, Teachers, objective_of
 from optpipe.tune.parameters import optimizer_of, trainable
 from optpipe.tune.schedule import batch_indices, rate, steps_of, with_steps
@@ -37,6 +37,7 @@ __all__ = [
     "native_bf16",
     "on_this_machine",
     "rate",
+    "release",
     "steps_of",
     "train",
     "training_device",

@@ -29,8 +29,14 @@ def on_this_machine(tune: Tune, device: str = "cpu") -> Tune:
 def native_bf16(device: str) -> bool:
     """Whether the hardware has instructions for bfloat16."""
     if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def release(device: str) -> None:
+    """Give the memory that torch keeps in reserve back to the device, where an engine is to be built next."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def there(network: T, device: str) -> T:

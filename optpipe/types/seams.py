@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from optpipe.types.measurement import DeviceState, Fingerprint, Precision, Target
-from optpipe.types.search import Cell, Scene, Search, Tune
+from optpipe.types.network import ModelGraph
+from optpipe.types.search import Budget, Cell, Images, Scene, Search, Tune
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +121,9 @@ class Method(Protocol):
     RECOVER: Tune
     """How to recover where the recipe's ``[recover]`` table does not say otherwise."""
     NEEDS_LABELS: bool
+
+    def check(self, shown: ModelGraph, calibration: Images, budget: Budget, config: object) -> None:
+        """UsageError for what no search can be made of; asked before anything is built or measured."""
 
     def search(self, scene: Scene, config: object) -> Search:
         """Ask about candidates, then choose."""

@@ -118,10 +118,15 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a :class:`Train` came to. ``network`` is in eval mode, for reading only. Not JSON-able."""
+    """What a :class:`Train` came to. Not JSON-able.
+
+    ``network`` is in eval mode, for reading only. ``digest`` is the sha256 of its weights: on another machine
+    the same request may come to others, so that what is computed from them depends on it.
+    """
 
     key: str
     network: fx.GraphModule
+    digest: str
     seconds: float = 0.0
 
 
@@ -182,6 +187,15 @@ class Budget:
     macs_reduction: float | None = None
     parameters_reduction: float | None = None
     drop_blocks: int | None = None
+
+    def met_in_size(self, macs: float, parameters: float) -> bool | None:
+        """Whether these fractions of the original's MACs and parameters meet it; None if it is no size."""
+        # 0.9 of the MACs is a reduction by 0.1, whatever 1 - 0.9 is in floating point.
+        if self.macs_reduction is not None:
+            return macs <= 1.0 - self.macs_reduction + 1e-9
+        if self.parameters_reduction is not None:
+            return parameters <= 1.0 - self.parameters_reduction + 1e-9
+        return None
 
     def allowed_ratio(self, baseline: Latency) -> float | None:
         """The largest ratio to the baseline's latency that meets the budget; None if it is no latency."""

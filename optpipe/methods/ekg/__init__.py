@@ -5,7 +5,8 @@ The original is fine-tuned for an epoch. Then, step by step (Algorithm 1): all f
 backward pass (Eq. 9); each layer's candidate loses its lowest-scored share; of the layers below a trimmed
 Otsu threshold the candidate of the highest reward (Eqs 4 and 7) is taken, and its logits join the ensemble
 (Eq. 8) that guides the next step. The last step is cut finer to meet the budget closely. Recovery takes
-labels and, as teachers, those networks on the way that are still ahead (Eqs 10 to 13).
+labels and, as teachers, those networks on the way that are still ahead (Eqs 10 to 13). Of a way of more than
+32 networks those of evenly spread losses are handed on.
 
 What is measured decides what a step buys. For a latency budget the channel counts that the target executes
 well are measured first (:mod:`~optpipe.methods.ekg.ladder`), candidates go from one to the next, and the
@@ -32,8 +33,11 @@ from optpipe.methods.ekg.tables import Taken
 from optpipe.types import (
     Answer,
     Ask,
+    Budget,
     Choice,
+    Images,
     Interim,
+    ModelGraph,
     Plan,
     Request,
     Scene,
@@ -44,7 +48,7 @@ from optpipe.types import (
     Tune,
 )
 
-__all__ = ["NEEDS_LABELS", "RECOVER", "Config", "search"]
+__all__ = ["NEEDS_LABELS", "RECOVER", "Config", "check", "search"]
 
 NEEDS_LABELS = True
 
@@ -88,24 +92,55 @@ _TUNE = Tune(
 _MOST_INTERIM = 32
 
 
+def check(shown: ModelGraph, calibration: Images, budget: Budget, config: Config) -> None:
+    """UsageError for what no search can be made of: settings, a budget, a network, images."""
+    if budget.drop_blocks is not None:
+        raise UsageError(
+            "[budget] drop_blocks: ekg narrows layers and drops no block; give latency_reduction, "
+            "latency_ms, macs_reduction or parameters_reduction"
+        )
+    if not 0 < config.ratio <= 0.9:
+        raise UsageError(f"[method] ratio = {config.ratio}: must be above 0 and at most 0.9")
+    for key in ("score_images", "tuning_images"):
+        if getattr(config, key) < 1:
+            raise UsageError(f"[method] {key} = {getattr(config, key)}: must be above 0")
+    if config.tries < 0:
+        raise UsageError(f"[method] tries = {config.tries}: must be above 0, or 0 for no limit")
+    if config.timed == "last" and (budget.latency_reduction or budget.latency_ms):
+        raise UsageError('[method] timed = "last": a latency budget needs every step timed; set "every"')
+    if not any(group.prunable for group in shown.groups):
+        reason = next((group.why_not for group in shown.groups), "it has no layer")
+        raise UsageError(
+            f"[method] ekg: the network has no channel group that can be narrowed ({reason}); `optpipe "
+            "inspect` says why not for each"
+        )
+    images.check(calibration, config, shown.classes)
+
+
 def search(scene: Scene, config: Config) -> Search:
     """Take filters out, a layer's share at a time, until the measured budget is met.
 
     Raises:
-        UsageError: nothing can be narrowed, a setting is out of range, or images of a class are too few.
+        UsageError: what :func:`check` refuses, or a latency that the original meets already.
         RunError: no widths meet the budget; says what can be reached.
     """
-    _check(scene, config)
-    shape = scene.graph.input_shape
-    widths = graph.width_map(scene.model, shape)
-    if not widths.groups:
+    check(scene.graph, scene.calibration, scene.budget, config)
+    if scene.budget.latency_ms is not None and scene.baseline.median_ms <= scene.budget.latency_ms:
         raise UsageError(
-            "[method] ekg: the network has no channel group that can be narrowed; `optpipe inspect` says why "
-            "not for each"
+            f"[budget] latency_ms = {scene.budget.latency_ms}: the original takes "
+            f"{scene.baseline.median_ms:.3f} ms already; lower it"
         )
+    shape = scene.graph.input_shape
+    widths = _widths(scene)
+    costs = graph.Costs(scene.model, shape, widths)
+    yield from _check_reachable(scene, widths, costs)
+    ladders: tuple[ladder.Ladder, ...] = ()
+    if _measures_widths(scene, config):
+        ladders = yield from ladder.measure(widths, costs)
+        yield from _check_rungs(scene, widths, ladders)
     validation, subset = images.draw(scene.calibration, config, scene.graph.classes, scene.seed)
-    tune = replace(_TUNE, steps=-(-len(subset) // _TUNE.batch))
-    (answer,) = yield [Train(Plan(), tune, subset)]
+    steps = -(-len(subset) // _TUNE.batch)
+    (answer,) = yield [Train(Plan(), replace(_TUNE, steps=steps, autocast=config.autocast), subset)]
     trained = cast(Trained, answer)
     judge = Judge(
         trained.network,
@@ -120,34 +155,25 @@ def search(scene: Scene, config: Config) -> Search:
         seed=scene.seed,
         most=config.tries,
     )
-    costs = graph.Costs(scene.model, shape, widths)
-    yield from _check_reachable(scene, widths, costs)
-    ladders: tuple[ladder.Ladder, ...] = ()
-    if _measures_widths(scene, config):
-        ladders = yield from ladder.measure(widths, costs)
-    field = Field(scene, config, widths, costs, judge, ladders, trained.key)
+    field = Field(scene, config, widths, costs, judge, ladders, trained.digest)
     taken = yield from descend(field)
-    return _choice(field, taken)
+    return _choice(field, taken, trained.key)
 
 
-def _check(scene: Scene, config: Config) -> None:
-    """UsageError for settings that make no search."""
-    if scene.budget.drop_blocks is not None:
-        raise UsageError(
-            "[budget] drop_blocks: ekg narrows layers and drops no block; give latency_reduction, "
-            "latency_ms, macs_reduction or parameters_reduction"
-        )
-    for key, value, most in (
-        ("ratio", config.ratio, 0.9),
-        ("score_images", config.score_images, float("inf")),
-        ("tuning_images", config.tuning_images, float("inf")),
-    ):
-        if not 0 < value <= most:
-            raise UsageError(f"[method] {key} = {value}: must be above 0" + (" and at most 0.9" * (most < 1)))
-    if config.tries < 0:
-        raise UsageError(f"[method] tries = {config.tries}: must be above 0, or 0 for no limit")
-    if config.timed == "last" and scene.budget.allowed_ratio(scene.baseline) is not None:
-        raise UsageError('[method] timed = "last": a latency budget needs every step timed; set "every"')
+def _widths(scene: Scene) -> graph.WidthMap:
+    """The groups to narrow: all that can be, but for those whose channels the recovery is to compare."""
+    widths = graph.width_map(scene.model, scene.graph.input_shape)
+    if scene.recover.loss == "mimic":
+        original = graph.trace(scene.model, scene.graph.input_shape)
+        _, head = graph.split(original)
+        compared = {str(node.target) for node in head.graph.nodes if node.op == "call_module"}
+        if scene.recover.stage_weight:
+            compared |= set(graph.stage_readers(original))
+        widths = widths.without(compared, "the recovery compares its channels with the original's")
+    if not widths.groups:
+        reason = next((group.why_not for group in widths.fixed), "it has no layer")
+        raise UsageError(f"[method] ekg: no channel group of the network can be narrowed: {reason}")
+    return widths
 
 
 def _measures_widths(scene: Scene, config: Config) -> bool:
@@ -160,40 +186,57 @@ def _check_reachable(
     scene: Scene, widths: graph.WidthMap, costs: graph.Costs
 ) -> Generator[Sequence[Request], Sequence[Answer], None]:
     """Look at the narrowest network first: a budget that even it misses is refused before any search."""
-    groups, few = widths.groups, widths.blocks
+    what = f"the narrowest layers in all {len(widths.groups)} groups that can be narrowed"
     if scene.budget.allowed_ratio(scene.baseline) is None:
-        parameters, macs = costs.of(few)
-        ratios = (macs / scene.graph.macs, parameters / scene.graph.parameters)
-        if not budgets.sizes_meet(scene.budget, *ratios):
+        parameters, macs = costs.of(widths.blocks)
+        left = macs / scene.graph.macs, parameters / scene.graph.parameters
+        if not budgets.sizes_meet(scene.budget, *left):
             raise RunError(
-                f"no widths meet the budget: one channel in each of the {len(groups)} groups that can be "
-                f"narrowed leaves {ratios[0]:.1%} of the MACs and {ratios[1]:.1%} of the parameters; lower "
-                "the budget"
+                f"no widths meet the budget: {what} save {1 - left[0]:.1%} of the MACs and {1 - left[1]:.1%} "
+                f"of the parameters; {budgets.asked_in_words(scene)}; lower it"
             )
         return
-    narrowest: Kept = tuple(
-        layers.first(group.channels, blocks, blocks) for group, blocks in zip(groups, few, strict=True)
+    yield from _check_latency(scene, widths, widths.blocks, what)
+
+
+def _check_rungs(
+    scene: Scene, widths: graph.WidthMap, ladders: Sequence[ladder.Ladder]
+) -> Generator[Sequence[Request], Sequence[Answer], None]:
+    """The same for the narrowest network that the measured channel counts allow."""
+    if scene.budget.allowed_ratio(scene.baseline) is None:
+        return
+    of = {index: one.lowest for one in ladders for index in one.groups}
+    what = "the smallest channel counts that the target executes faster than larger ones, in all groups,"
+    otherwise = ', or let widths be any ([method] widths = "any")'
+    counts = [of[index] for index in range(len(widths.groups))]
+    yield from _check_latency(scene, widths, counts, what, otherwise)
+
+
+def _check_latency(
+    scene: Scene, widths: graph.WidthMap, counts: Sequence[int], what: str, otherwise: str = ""
+) -> Generator[Sequence[Request], Sequence[Answer], None]:
+    kept: Kept = tuple(
+        layers.first(group.channels, blocks, count)
+        for group, blocks, count in zip(widths.groups, widths.blocks, counts, strict=True)
     )
-    (answer,) = yield [Ask(plan_of(groups, narrowest))]
+    (answer,) = yield [Ask(plan_of(widths.groups, kept))]
     latency = cast(Trial, answer).latency
     assert latency is not None
     if not budgets.latency_meets(scene, latency):
         raise RunError(
-            f"no widths meet the budget: one channel in each of the {len(groups)} groups that can be "
-            f"narrowed reduces the latency by {budgets.saved(latency):.1%}, {budgets.asked(scene):.1%} is "
-            "asked; lower the budget"
+            f"no widths meet the budget: {what} save {budgets.saved(latency):.1%} of the latency; "
+            f"{budgets.asked_in_words(scene)}; lower it{otherwise}"
         )
 
 
-def _choice(field: Field, taken: Sequence[Taken]) -> Choice:
+def _choice(field: Field, taken: Sequence[Taken], weights: str) -> Choice:
     """The end of the search as a choice; the last of ``taken`` holds the chosen network itself."""
     *steps, end = taken
     plan = plan_of(field.groups, end.kept)
     interim = [Interim(plan_of(field.groups, one.kept), one.facts.loss) for one in taken]
-    thinned = [interim[round(n)] for n in np.linspace(0, len(interim) - 1, min(len(interim), _MOST_INTERIM))]
     shown = [
         tables.step_table(field.groups, steps),
-        tables.width_table(field.scene.graph.groups, field.groups, end.kept),
+        tables.width_table(field.scene.graph.groups, field.widths, end.kept),
     ]
     if field.ladders:
         shown.append(ladder.table(field.groups, field.ladders))
@@ -204,4 +247,14 @@ def _choice(field: Field, taken: Sequence[Taken]) -> Choice:
     )
     if end.latency is not None:
         reason += f", {budgets.saved(end.latency):.1%} of the measured latency saved"
-    return Choice(plan, field.scene.recover, reason, tuple(shown), field.tuned, tuple(thinned))
+    return Choice(plan, field.scene.recover, reason, tuple(shown), weights, _thinned(interim))
+
+
+def _thinned(interim: Sequence[Interim]) -> tuple[Interim, ...]:
+    """Of a long way the networks whose losses are spread evenly, and both ends: a plan is large as JSON."""
+    if len(interim) <= _MOST_INTERIM:
+        return tuple(interim)
+    losses = np.array([one.loss for one in interim], dtype=float)
+    wanted = np.linspace(losses.min(), losses.max(), _MOST_INTERIM - 2)
+    chosen = {int(np.abs(losses - loss).argmin()) for loss in wanted} | {0, len(interim) - 1}
+    return tuple(interim[index] for index in sorted(chosen))

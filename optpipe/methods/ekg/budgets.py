@@ -7,10 +7,9 @@ from optpipe.types import Budget, Latency, Scene
 
 def sizes_meet(budget: Budget, macs: float, parameters: float) -> bool:
     """Whether these fractions of the original's MACs and parameters meet a budget in size."""
-    if budget.macs_reduction is not None:
-        return 1.0 - macs >= budget.macs_reduction
-    assert budget.parameters_reduction is not None
-    return 1.0 - parameters >= budget.parameters_reduction
+    met = budget.met_in_size(macs, parameters)
+    assert met is not None
+    return met
 
 
 def latency_meets(scene: Scene, latency: Latency) -> bool:
@@ -31,3 +30,13 @@ def asked(scene: Scene) -> float:
     allowed = scene.budget.allowed_ratio(scene.baseline)
     assert allowed is not None
     return 1.0 - allowed
+
+
+def asked_in_words(scene: Scene) -> str:
+    """What the budget asks for, as the recipe has it."""
+    budget = scene.budget
+    if budget.macs_reduction is not None:
+        return f"macs_reduction = {budget.macs_reduction} is asked"
+    if budget.parameters_reduction is not None:
+        return f"parameters_reduction = {budget.parameters_reduction} is asked"
+    return f"{asked(scene):.1%} is asked"

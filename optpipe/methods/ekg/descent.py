@@ -26,7 +26,7 @@ from optpipe.types import (
 )
 
 # Part of every step's key: raise it when a step would come out different.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Field:
     costs: graph.Costs
     judge: Judge
     ladders: tuple[ladder.Ladder, ...]
-    tuned: str
+    weights: str
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -59,7 +59,7 @@ class Field:
 
     def saving(self, kept: Kept) -> float:
         """What the budget's measure is expected to have fallen by, as a fraction of the original's."""
-        if self.ladders:
+        if self.ladders and self.by_time:
             of = {index: one for one in self.ladders for index in one.groups}
             return sum(of[index].saving(index, len(channels)) for index, channels in enumerate(kept))
         parameters, macs = self.costs.of([len(channels) for channels in kept])
@@ -101,7 +101,7 @@ def _settings(field: Field) -> str:
     config, scene = field.config, field.scene
     images = f"{config.score_images} {config.tuning_images} {config.tries}"
     machine = f"{config.autocast} {scene.native_bf16} {scene.device}"
-    return f"{_VERSION} {field.tuned} {config.score} {config.guide} {images} {machine}"
+    return f"{_VERSION} {field.weights} {config.score} {config.guide} {images} {machine}"
 
 
 def _reached(
@@ -141,7 +141,7 @@ def _after(field: Field, kept: Kept) -> tuple[int | None, ...]:
     found: list[int | None] = []
     for index, channels in enumerate(kept):
         count = len(channels)
-        tied, blocks = len(field.groups[index].layers), field.widths.blocks[index]
+        tied, blocks = field.widths.tied[index], field.widths.blocks[index]
         wanted = layers.fewer(count, field.config.ratio, tied, blocks)
         if field.ladders:
             found.append(of[index].below(count, wanted))

@@ -43,7 +43,7 @@ class Ladder:
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        """The counts that are clearly faster than every larger one."""
+        """The counts that are clearly faster than the rung above them: those that no noise makes."""
         found: list[Rung] = []
         best = 0.0
         for rung in self.timed:
@@ -52,22 +52,31 @@ class Ladder:
                 best = rung.high
         return tuple(found)
 
+    @property
+    def lowest(self) -> int:
+        """The smallest count that the search may go to; all channels where no smaller count is faster."""
+        return self.rungs[-1].count if self.rungs else self.channels
+
     def below(self, count: int, wanted: int) -> int | None:
         """The rung below ``count`` that is nearest to ``wanted``; None where there is none."""
         lower = [rung.count for rung in self.rungs if rung.count < count]
         return min(lower, key=lambda c: (abs(c - wanted), c), default=None)
 
     def saving(self, group: int, count: int) -> float:
-        """What a group saves at a count: that of the nearest count timed that is not smaller."""
-        above = [rung.saving for rung in self.timed if rung.count >= count]
+        """What a group saves at a count: that of the lowest rung that is not below it."""
+        above = [rung.saving for rung in self.rungs if rung.count >= count]
         return self.shares[self.groups.index(group)] * max([0.0, *above])
 
 
 def classes(widths: graph.WidthMap) -> list[tuple[int, ...]]:
     """The indices of the groups of each class: equally many channels, alone or tied to other layers."""
-    found: dict[tuple[int, bool, int], list[int]] = {}
-    for index, (group, blocks) in enumerate(zip(widths.groups, widths.blocks, strict=True)):
-        found.setdefault((group.channels, len(group.layers) > 1, blocks), []).append(index)
+    found: dict[tuple[int, bool, bool, int], list[int]] = {}
+    for index, (group, blocks, tied) in enumerate(
+        zip(widths.groups, widths.blocks, widths.tied, strict=True)
+    ):
+        # Channels that a depthwise convolution carries on cost otherwise than those that are read at once.
+        carried = len(group.layers) > tied
+        found.setdefault((group.channels, tied > 1, carried, blocks), []).append(index)
     return [tuple(members) for members in found.values()]
 
 

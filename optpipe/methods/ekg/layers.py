@@ -48,8 +48,8 @@ def trimmed_otsu(values: Sequence[float]) -> float:
 def fewer(channels: int, ratio: float, tied: int, blocks: int) -> int:
     """How many of a group's channels stay when it loses the share ``ratio`` of them; at least one goes.
 
-    Removing a channel of a group of several tied layers takes a filter from each, so that its share is
-    divided by their number. Of ``blocks`` equal runs each keeps equally many.
+    Removing a channel of a group of several layers tied by a residual sum takes a filter from each, so that
+    its share is divided by their number. Of ``blocks`` equal runs each keeps equally many.
     """
     left = channels - max(1, round(channels * ratio / tied))
     return left - left % blocks

@@ -11,7 +11,7 @@ Batch-norm uses the statistics of the batch, as the authors' search does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -109,9 +109,9 @@ class Judge:
                 network, input_shape, at="own", autocast=autocast, device=device, widths=each
             )
         assert images.labels is not None
-        parts = _balanced(indices, BATCH)
-        self._images = [images.batch(part).to(device) for part in parts]
-        self._labels = [images.labels[list(part)].to(device) for part in parts]
+        self._set, self._device = images, device
+        self._parts = _balanced(indices, BATCH)
+        self._labels = [images.labels[part].to(device) for part in self._parts]
         self._total = len(indices)
         self._sum: list[torch.Tensor] = []
         self._seen = 0
@@ -139,6 +139,11 @@ class Judge:
         reward, loss, _, _ = self._look(history, scored=False)
         return Facts(reward, loss, ())
 
+    def _batches(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The validation images batch by batch; all at once, ImageNet's would take 19 GB of the device."""
+        for number, part in enumerate(self._parts):
+            yield number, self._set.batch(part).to(self._device)
+
     def _masks(self, kept: Kept) -> list[torch.Tensor]:
         masks = [torch.zeros_like(mask) for mask in self._gated.whole()]
         for mask, channels in zip(masks, kept, strict=True):
@@ -159,7 +164,7 @@ class Judge:
         scoring = self._gated if self._own is None else self._own
         reward = loss = 0.0
         knowledge: list[torch.Tensor] = []
-        for number, images in enumerate(self._images):
+        for number, images in self._batches():
             share = len(images) / self._total
             traced = scoring.logits(images, leaves)
             # Gates elsewhere are there for their gradient; they do not stand for the network that is cut.
@@ -186,7 +191,7 @@ class Judge:
         joins = len(guides) == len(history) > self._seen
         for kept in guides[self._seen : -1 if joins else None]:
             masks = self._masks(kept)
-            for number, images in enumerate(self._images):
+            for number, images in self._batches():
                 self._add(number, self._gated.logits(images, masks))
             self._seen += 1
         return joins
@@ -240,7 +245,7 @@ class Judge:
             mask[list(removed)] = 0.0
             changed.append((group, mask))
         rewards, losses = torch.zeros(len(changed)), torch.zeros(len(changed))
-        for number, images in enumerate(self._images):
+        for number, images in self._batches():
             share = len(images) / self._total
             for index, logits in enumerate(self._gated.candidates(images, masks, changed)):
                 reward, loss = self._reward(logits, number, knowledge)
@@ -261,7 +266,8 @@ def _each_layer(widths: graph.WidthMap) -> tuple[graph.WidthMap, tuple[int, ...]
             parts.append(tuple(part for part in reached if part.outputs and part.layer == path))
             found.append(index)
     blocks = tuple(widths.blocks[index] for index in found)
-    return graph.WidthMap(tuple(groups), tuple(parts), blocks, widths.fixed), tuple(found)
+    alone = (1,) * len(found)
+    return graph.WidthMap(tuple(groups), tuple(parts), blocks, alone, widths.fixed), tuple(found)
 
 
 def _balanced(indices: Sequence[int], most: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optpipe import graph
 from optpipe.methods.ekg.reward import Facts, Kept
 from optpipe.types import Cell, ChannelGroup, Latency, Table
 
@@ -85,15 +86,16 @@ def _interval(latency: Latency) -> tuple[float, float]:
     return latency.ratio_ci95
 
 
-def width_table(every: Sequence[ChannelGroup], narrowed: Sequence[ChannelGroup], kept: Kept) -> Table:
-    """Every channel group: how many channels it had and keeps, or why it cannot be narrowed."""
+def width_table(every: Sequence[ChannelGroup], widths: graph.WidthMap, kept: Kept) -> Table:
+    """Every channel group: how many channels it had and keeps, or why it stays whole."""
     rows: list[tuple[Cell, ...]] = []
-    counts = {group.name: len(channels) for group, channels in zip(narrowed, kept, strict=True)}
+    counts = {group.name: len(channels) for group, channels in zip(widths.groups, kept, strict=True)}
+    reasons = {group.name: group.why_not for group in widths.fixed}
     for group in every:
         if group.name in counts:
             count = counts[group.name]
             verdict = "narrowed" if count < group.channels else "whole"
             rows.append((group.name, len(group.layers), group.channels, count, verdict))
         else:
-            rows.append((group.name, len(group.layers), group.channels, group.channels, group.why_not))
+            rows.append((group.name, len(group.layers), group.channels, group.channels, reasons[group.name]))
     return Table("Widths", ("group", "layers", "channels", "kept", "verdict"), tuple(rows))
