@@ -105,11 +105,11 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="TABLE.KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, of the table macs only [1]")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, of macs and latency [1]")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     arguments = parser.parse_args(words)
-    if arguments.workers > 1 and arguments.table != "macs":
-        parser.error(f"--workers {arguments.workers}: {arguments.table} compares times; give 1")
+    if arguments.workers > 1 and arguments.table not in {"macs", "latency"}:
+        parser.error(f"--workers {arguments.workers}: {arguments.table} compares seconds; give 1")
     return arguments
 
 
@@ -200,7 +200,7 @@ def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ..
         ekg = [("ensemble", "none"), ("single", "none"), ("ensemble", "ensemble"), ("ensemble", "single")]
         rivals = ["l1", "fpgm", "gbn", "random"]
     else:
-        everywhere = (LATENCY, *everywhere)
+        everywhere = (LATENCY, *threads_of(arguments), *everywhere)
         ekg = [("ensemble", "none"), ("ensemble", "ensemble")]
         rivals = ["l1", "fpgm", "gbn", "random"]
     if arguments.table == "time":
@@ -220,6 +220,13 @@ def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ..
         )
         for variant in found
     ]
+
+
+def threads_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Engines on one run's share of the cores, so that one is timed while another run trains beside it."""
+    if arguments.workers == 1:
+        return ()
+    return (f"target.threads={max(1, (os.cpu_count() or 1) // arguments.workers)}",)
 
 
 def tiny_variants(steps: int) -> list[tuple[Variant, tuple[str, ...]]]:

@@ -90,8 +90,8 @@ def heading(record: Record) -> list[str]:
         )
     if settings.workers > 1:
         asked += (
-            f" {settings.workers} runs went at a time, each with its share of the cores: accuracies are compared "
-            "here, latencies and seconds are disturbed."
+            f" {settings.workers} runs went at a time, each with its share of the cores, one engine timed at a "
+            "time; what trains beside it disturbs latencies and seconds somewhat."
         )
     if settings.overrides:
         asked += f" Besides: {', '.join(f'`{word}`' for word in settings.overrides)}."
@@ -230,7 +230,8 @@ def compared(rows: list[Row]) -> list[str]:
         "",
         "Mean ± standard deviation over seeds. A seed decides the images of the search, the recovery and the "
         "clock. Rows of a seed that differ in the recovery alone share one search: its seconds are counted "
-        "for each of them. The seconds of a stage are those of the attempt that finished it.",
+        "for each of them. All rows share engines of equal structure, and with them the measured channel counts, "
+        "which the first row paid for. The seconds of a stage are those of the attempt that finished it.",
     ]
 
 

@@ -1,6 +1,6 @@
 """EKG's benchmark: which runs it makes, what it keeps of them, and what its tables say of the numbers."""
 
-from __future__ import annotations
+from __future__ import os
 
 import dataclasses
 import sys
@@ -70,10 +70,10 @@ def overrides(job: ekg.Job) -> dict[str, str]:
 
 def test_the_first_seed_of_every_configuration_comes_before_the_second(tmp_path: Path) -> None:
     found = jobs(tmp_path, "macs", "--seeds", "0", "1", "2")
-    assert len(found) == 27
-    assert [job.seed for job in found] == [0] * 9 + [1] * 9 + [2] * 9
-    assert found[0].folder.name == "macs-l1-seed0"
-    assert len({job.folder for job in found}) == 27
+    assert len(found) == 24
+    assert [job.seed for job in found] == [0] * 8 + [1] * 8 + [2] * 8
+    assert found[0].folder.name == "macs-ekg-ensemble-none-seed0"
+    assert len({job.folder for job in found}) == 24
 
 
 def test_configurations_differ_in_nothing_but_what_is_compared(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_configurations_differ_in_nothing_but_what_is_compared(tmp_path: Path) -
     rest = [{key: value for key, value in one.items() if key not in compared} for one in found]
     assert all(one == rest[0] for one in rest)
     assert rest[0]["recover.epochs"] == "4.0" and rest[0]["method.timed"] == '"last"'
-    assert len({tuple(one[key] for key in sorted(compared)) for one in found}) == 9
+    assert len({tuple(one[key] for key in sorted(compared)) for one in found}) == 8
 
 
 @pytest.mark.parametrize("table", ["macs", "latency", "time", "tiny"])
@@ -95,6 +95,15 @@ def test_every_command_is_a_recipe_with_one_budget(tmp_path: Path, table: str) -
         assert loaded.run.seed == loaded.data.calibration.seed == 1
         assert loaded.model.name == "zoo:resnet20_cifar" and loaded.method_name == "ekg"
         assert loaded.recover_name == ("practise" if job.variant.teachers == "mimicking" else None)
+
+
+def test_runs_beside_each_other_share_the_cores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job in jobs(tmp_path, "latency", "--seeds", "0", "--workers", str(os.cpu_count() or 1)):
+        assert (os.cpu_count() == 1) == ("target.threads" not in overrides(job))
+        assert overrides(job).get("target.threads", "1") == "1"
+    with pytest.raises(SystemExit):
+        ekg.parse(call(tmp_path, "time", "--workers", "2"))
+    assert "time compares seconds" in capsys.readouterr().err
 
 
 def test_runs_whose_seconds_are_compared_are_anew_and_in_turn(tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_rows_that_are_there_are_not_made_again(
     outcomes = iter([False, True, True])
     ran: list[str] = []
 
-    def run(job: ekg.Job) -> tuple[Row, Facts | None]:
+    def run(job: ekg.Job, workers: int = 1) -> tuple[Row, Facts | None]:
         ran.append(f"{job.variant.name} {job.seed}")
         if not next(outcomes):
             return Row(job.variant, job.seed, None, "no budget"), None
@@ -221,7 +230,7 @@ def test_the_first_is_named_with_its_lead_and_whether_the_spread_hides_it() -> N
 
 
 def test_a_ladder_holds_only_in_strict_order() -> None:
-    top1s = {"ekg-ensemble-none": [93.0], "ekg-single-none": [92.5], "ekg-none-none": [92.0]}
+    top1s = {"ekg-ensemble-none": [93.0], "ekg-single-none": [92.5], "gbn": [92.0]}
     assert ekg_tables.ladder(rows(top1s), ekg_tables.GUIDES).startswith("true: ")
     top1s["ekg-single-none"] = [92.0]
     assert ekg_tables.ladder(rows(top1s), ekg_tables.GUIDES).startswith("false: ")

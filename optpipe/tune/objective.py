@@ -103,7 +103,10 @@ class Labels:
 
     EKG, Eq. 12. With ``tune.teachers = "ensemble"`` only those teachers speak at a step whose loss is at most
     the student's (Eq. 13): its mean cross-entropy over the last whole epoch, and all of them until there is
-    one. A "single" teacher always speaks.
+    one. The student's is that of the random views that it trained on, which costs no further pass; on plain
+    images, as the teachers', it would be lower, so that a teacher goes on a little longer than it should.
+    A "single" teacher always speaks. Like the others it is read from the bank, where the paper's is run on
+    every view: the comparison with the ensemble is then of teachers alone, not of augmentations.
     """
 
     def __init__(
