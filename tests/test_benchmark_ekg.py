@@ -1,8 +1,9 @@
 """EKG's benchmark: which runs it makes, what it keeps of them, and what its tables say of the numbers."""
 
-from __future__ import os
+from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tomllib
 from pathlib import Path
