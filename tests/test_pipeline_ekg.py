@@ -263,7 +263,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(
 
 def test_a_budget_out_of_reach_ends_the_run_before_the_search(home: Path, tmp_path: Path) -> None:
     setup = preparation.prepare(recipes.load(home / "ekg.toml", ["budget.macs_reduction=0.999"]))
-    with pytest.raises(RunError, match="no widths meet the budget: one channel in each of the 3 groups"):
+    with pytest.raises(RunError, match="no widths meet the budget: the narrowest layers in all 3 groups"):
         take(setup, tmp_path / "run")
 
 
