@@ -12,6 +12,7 @@ from torch import nn
 from optpipe import graph
 from optpipe.graph.gates import Gated
 from optpipe.types import Plan
+from optpipe.zoo.cifar_mobilenet import mobilenet_v2
 from optpipe.zoo.cifar_resnet import resnet20
 
 CIFAR = (3, 32, 32)
@@ -302,6 +303,36 @@ def test_the_map_says_where_each_channel_is_read_and_why_groups_are_fixed() -> N
     assert widths.blocks == (1, 1, 2, 2, 1, 1)
     assert widths.readers(0) == ("conv", "mix")
     assert [(group.name, group.why_not) for group in widths.fixed] == [("fc", "its channels are the classes")]
+
+
+class GroupedStream(nn.Module):
+    """A residual sum of two grouped convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.enter = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2)
+        self.inside, self.leave = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=2)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.enter(torch.relu(self.stem(x))))
+        logits: torch.Tensor = self.head((x + self.leave(torch.relu(self.inside(x)))).mean((2, 3)))
+        return logits
+
+
+def test_layers_are_tied_that_each_lose_a_filter_with_a_channel() -> None:
+    torch.manual_seed(0)
+    mobile = graph.width_map(mobilenet_v2().eval(), CIFAR)
+    tied = {
+        group.name: (len(group.layers), own) for group, own in zip(mobile.groups, mobile.tied, strict=True)
+    }
+    # A depthwise convolution has no filters of its own to lose; a residual stream has one in each block.
+    assert tied["features.0.0"] == tied["features.5.conv.0.0"] == (2, 1)
+    assert tied["features.4.conv.2"] == (3, 3)
+    assert tied["features.17.conv.2"] == (1, 1)
+    grouped = graph.width_map(GroupedStream().eval(), SMALL)
+    assert [group.layers for group in grouped.groups] == [("stem",), ("enter", "leave"), ("inside",)]
+    assert (grouped.tied, grouped.blocks) == ((1, 2, 1), (2, 2, 2))
 
 
 def test_a_group_that_a_convolution_reads_one_by_one_is_fixed() -> None:

@@ -41,7 +41,7 @@ class WidthMap:
 
     ``blocks[i]`` equal runs of the channels of group i must keep equally many each, for a grouped
     convolution's sake; 1 where every choice is fine. ``tied[i]`` is how many layers of it make channels of
-    their own, each losing a filter with a channel: depthwise and grouped convolutions only carry them on.
+    their own, each losing a filter with a channel: depthwise convolutions only carry them on.
     ``fixed`` are the other groups, each with its reason.
     Layers are named by path, so the map holds for every network of the same structure.
     """
@@ -105,8 +105,8 @@ def width_map_of(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> W
 
 
 def _mixes(layer: nn.Module) -> bool:
-    """Whether a layer makes new channels of all that it reads."""
-    return not (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+    """Whether a layer makes channels of its own, and does not only carry on those that it reads."""
+    return not (isinstance(layer, nn.Conv2d) and is_depthwise(layer))
 
 
 def _parts(
