@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import pytest
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import make_latency
 from torch import nn
 
-from optpipe import graph
+from optpipe import graph, tune
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import ekg
@@ -589,6 +589,57 @@ def test_a_network_that_cannot_be_narrowed_is_refused() -> None:
     running = ekg.search(make_scene(Budget(macs_reduction=0.1), network), FEW)
     with pytest.raises(UsageError, match="the network has no channel group that can be narrowed"):
         next(running)
+
+
+@pytest.mark.parametrize("budget", [Budget(latency_ms=12.5), Budget(latency_ms=10.0)])
+def test_a_latency_that_the_original_meets_is_refused_unasked(budget: Budget) -> None:
+    lab = FakeLab()
+    with pytest.raises(UsageError) as refused:
+        search(lab, budget)
+    assert str(refused.value) == (
+        f"[budget] latency_ms = {budget.latency_ms}: the original takes 10.000 ms already; lower it"
+    )
+    assert lab.requests == []
+
+
+# ---------------------------------------------------------------- with a recovery that mimics
+
+
+MIMIC = Tune(steps=12, batch=20, lr=0.01, batch_norm="eval", augment="none")
+COMPARED = "the recovery compares its channels with the original's"
+
+
+def mimicking(network: nn.Module, **changes: float) -> Choice:
+    scene = make_scene(Budget(macs_reduction=0.2), network)
+    return drive(ekg.search(replace(scene, recover=replace(MIMIC, **changes)), FEW), FakeLab())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("stage_weight", "whole"), [(0.0, {"wide"}), (0.5, {"wide", "stem"})])
+def test_groups_that_mimicking_compares_stay_whole_and_say_why(stage_weight: float, whole: set[str]) -> None:
+    choice = mimicking(NETWORK, stage_weight=stage_weight)
+    narrowed = {name for name, _ in choice.plan.keep_channels}
+    assert narrowed == WIDTHS.keys() - whole
+    assert sizes(choice.plan)[0] <= 0.8
+    verdicts = {str(row[0]): row[-1] for row in choice.tables[1].rows}
+    assert verdicts == {
+        **dict.fromkeys(narrowed, "narrowed"),
+        **dict.fromkeys(whole, COMPARED),
+        "head": "its channels are the classes",
+    }
+    # What is left has the original's features, so that a recovery can compare them.
+    student = graph.apply(NETWORK, choice.plan, SHAPE)
+    before = tune.distance(student, NETWORK, pictures())
+    tune.train(student, NETWORK, pictures(), choice.recover, seed=0)
+    assert 0 < tune.distance(student, NETWORK, pictures()) < before
+
+
+def test_where_mimicking_compares_every_group_the_search_says_so() -> None:
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    with pytest.raises(UsageError, match=f"no channel group of the network can be narrowed: {COMPARED}"):
+        mimicking(made(lambda: nn.Sequential(*layers)))
+
+
+# ---------------------------------------------------------------- the order of its requests
 
 
 def asked(requests: Sequence[Request]) -> list[str]:

@@ -70,7 +70,7 @@ class WidthMap:
             tuple(self.parts[index] for index in free),
             tuple(self.blocks[index] for index in free),
             tuple(self.tied[index] for index in free),
-            (*self.fixed, *held),
+            (*held, *self.fixed),
         )
 
 
