@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optpipe import building, graph, lab, models, precision, store, tune
+from optpipe import building, data, graph, lab, models, precision, store, tune
 from optpipe.backends import onnxruntime
 from optpipe.data import ImageSet
 from optpipe.types import (
@@ -33,6 +33,8 @@ from optpipe.types import (
     Step,
     StepResult,
     Target,
+    Train,
+    Trained,
     Trial,
     Tune,
 )
@@ -117,6 +119,11 @@ class Bench:
     def ask(self, *requests: Request) -> list[Answer]:
         return self.lab.answer(requests)
 
+    def trained(self, request: Train) -> Trained:
+        (answer,) = self.ask(request)
+        assert isinstance(answer, Trained)
+        return answer
+
     def trial(self, plan: Plan) -> Trial:
         (answer,) = self.ask(Ask(plan))
         assert isinstance(answer, Trial)
@@ -150,7 +157,8 @@ def open_bench(run: store.Run, subject: lab.Subject, epoch: int = 0, *, caches_b
     backend = CountingBackend(CACHES_BUILDS=caches_builds)
     workbench = building.Workbench(backend, TARGET, subject.calibration, precision.Settings(), subject.seed)
     clock = lab.Clock(tolerance=0.5, budget_s=0.05)
-    return Bench(lab.Lab(run, subject, workbench, clock, epoch, events.append), backend, events)
+    laboratory = lab.Lab(run, subject, workbench, clock, epoch, events.append, checkpoint_every=2)
+    return Bench(laboratory, backend, events)
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +369,71 @@ def test_tuning_brings_a_candidate_nearer_and_leaves_its_weights(
     candidate.load_state_dict(load_file(tmp_path / "run" / "trials" / tuned.key / "weights.safetensors"))
     again = tune.distance(candidate, subject.original, subject.calibration)
     assert again == pytest.approx(tuned.distance, rel=1e-4)
+
+
+LEARN = Tune(steps=5, batch=4, lr=0.05, loss="labels", trainable="all", augment="none")
+SOME = (1, 4, 6, 7, 10, 11, 13, 0)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_candidate_is_trained_on_the_images_that_are_named(tmp_path: Path, subject: lab.Subject) -> None:
+    bench = open_bench(store.Run(tmp_path, None), subject)
+    answer = bench.trained(Train(FIRST, LEARN, SOME))
+    expected = graph.apply(subject.original, FIRST, SHAPE)
+    untrained = graph.apply(subject.original, FIRST, SHAPE)
+    tune.train(expected, None, data.part(subject.calibration, SOME), LEARN, seed=subject.seed)
+    assert same_weights(answer.network, expected)
+    assert not same_weights(answer.network, untrained)
+    assert not answer.network.training
+    # All images, other images and another plan are other trainings.
+    others = [bench.trained(Train(*of)) for of in ((FIRST, LEARN), (FIRST, LEARN, SOME[1:]), (Plan(), LEARN))]
+    assert len({answer.key, *(other.key for other in others)}) == 4
+    assert len({answer.digest, *(other.digest for other in others)}) == 4
+    assert bench.origins == ["computed"] * 4
+    assert bench.backend.built == 0
+
+
+def test_what_was_trained_is_taken_from_the_run_and_known_by_its_weights(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.Run(tmp_path / "run", tmp_path / "cache")
+    answer = open_bench(run, subject).trained(Train(FIRST, LEARN, SOME))
+    assert answer.digest == store.file_sha256(run.weights(answer.key))
+    assert [path.name for path in run.trial_folder(answer.key).iterdir()] == ["weights.safetensors"]
+    monkeypatch.delattr(tune, "train")
+    again = open_bench(run, subject)
+    resumed = again.trained(Train(FIRST, LEARN, SOME))
+    assert again.origins == ["reused"]
+    assert (resumed.key, resumed.digest) == (answer.key, answer.digest)
+    assert same_weights(resumed.network, answer.network)
+    assert not resumed.network.training
+
+
+def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_bench(store.Run(tmp_path / "whole", None), subject).trained(Train(FIRST, LEARN, SOME))
+    run = store.Run(tmp_path / "run", None)
+    save = store.DiskCheckpoint.save
+
+    def stopped(checkpoint: store.DiskCheckpoint, state: dict[str, torch.Tensor]) -> None:
+        save(checkpoint, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.DiskCheckpoint, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            open_bench(run, subject).trained(Train(FIRST, LEARN, SOME))
+    folder = run.trial_folder(whole.key)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.safetensors"]
+    bench = open_bench(run, subject)
+    assert bench.trained(Train(FIRST, LEARN, SOME)).digest == whole.digest
+    assert bench.origins == ["computed"]
+    assert [path.name for path in folder.iterdir()] == ["weights.safetensors"]
 
 
 def test_a_failed_step_is_no_answer(tmp_path: Path, subject: lab.Subject) -> None:
