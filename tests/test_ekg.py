@@ -517,6 +517,16 @@ def test_a_groups_saving_is_its_share_of_what_was_timed_at_no_fewer_channels() -
     assert Ladder(16, (0,), (1.0,), (rung(8, -0.2),)).saving(0, 8) == 0.0
 
 
+def test_what_is_no_rung_promises_no_saving_and_is_no_end() -> None:
+    # 10 and 4 channels are within the noise of 12 and 8, though they were timed a little faster.
+    one = Ladder(16, (0,), (1.0,), (rung(12, 0.1), rung(10, 0.105), rung(8, 0.4), rung(4, 0.405)))
+    assert [one.saving(0, count) for count in (10, 4)] == [0.1, 0.4]
+    assert one.lowest == 8
+    # The search may go nowhere where no count is faster.
+    assert Ladder(16, (0,), (1.0,), (rung(8, 0.0), rung(4, -0.1))).lowest == 16
+    assert Ladder(1, (0,), (1.0,), ()).lowest == 1
+
+
 def test_groups_of_equal_width_are_narrowed_together_tied_ones_apart() -> None:
     groups = (
         group("a", ("a",), 16),
@@ -527,6 +537,18 @@ def test_groups_of_equal_width_are_narrowed_together_tied_ones_apart() -> None:
     )
     widths = graph.WidthMap(groups, ((),) * 5, (1, 1, 1, 1, 2), tuple(len(g.layers) for g in groups), ())
     assert ladder.classes(widths) == [(0, 2), (1,), (3,), (4,)]
+
+
+def test_groups_that_a_depthwise_convolution_carries_on_are_narrowed_apart_from_plain_ones() -> None:
+    groups = (
+        group("plain", ("plain",), 16),
+        group("expand", ("expand", "depthwise"), 16),
+        group("tied", ("tied", "to"), 16),
+        group("both", ("both", "to", "depthwise"), 16),
+        group("again", ("again", "depthwise"), 16),
+    )
+    widths = graph.WidthMap(groups, ((),) * 5, (1,) * 5, (1, 1, 2, 2, 1), ())
+    assert ladder.classes(widths) == [(0,), (1, 4), (2,), (3,)]
 
 
 @pytest.mark.parametrize(
@@ -671,6 +693,18 @@ def test_a_size_meets_its_budget_from_the_fraction_itself_on() -> None:
     macs, parameters = Budget(macs_reduction=0.5), Budget(parameters_reduction=0.25)
     assert [budgets.sizes_meet(macs, left, 1.0) for left in (0.51, 0.5, 0.49)] == [False, True, True]
     assert [budgets.sizes_meet(parameters, 0.1, left) for left in (0.76, 0.75)] == [False, True]
+
+
+def test_a_size_that_is_met_exactly_is_met_whatever_the_rounding() -> None:
+    # 1 - 0.9 is a little less than 0.1 in floating point.
+    assert 1 - 0.9 < 0.1
+    assert Budget(macs_reduction=0.9).met_in_size(0.1, 1.0) is True
+    assert Budget(parameters_reduction=0.9).met_in_size(1.0, 0.1) is True
+    # One filter too many in ten million is more than rounding.
+    assert Budget(macs_reduction=0.9).met_in_size(0.1 + 1e-7, 0.0) is False
+    assert Budget(parameters_reduction=0.9).met_in_size(0.0, 0.1 + 1e-7) is False
+    for budget in (Budget(latency_reduction=0.1), Budget(latency_ms=1.0), Budget(drop_blocks=1)):
+        assert budget.met_in_size(0.0, 0.0) is None
 
 
 def test_a_latency_meets_its_budget_with_its_whole_interval() -> None:

@@ -100,6 +100,7 @@ class FakeLab:
     ratio: Callable[[Plan], float] = in_eights
     known: dict[tuple[str, str], StepResult] = field(default_factory=dict)
     work: Work = lambda work: work()
+    digest: str = "d" * 64
     requests: list[Request] = field(default_factory=list)
     computed: list[str] = field(default_factory=list)
     results: dict[tuple[str, str], StepResult] = field(default_factory=dict)
@@ -107,7 +108,7 @@ class FakeLab:
     def answer(self, request: Request) -> Answer:
         self.requests.append(request)
         if isinstance(request, Train):
-            return Trained("tuned", made(), "d" * 64)
+            return Trained("tuned", made(), self.digest)
         if isinstance(request, Ask):
             ratio = self.ratio(request.plan)
             return Trial(
@@ -463,6 +464,10 @@ def test_a_steps_key_holds_all_that_it_depends_on() -> None:
         search(other, budget, config)
         keys.add(other.steps[0].depends)
     assert len(keys) == 1 + len(changed)
+    # So does what was trained, which on another machine may come to other weights.
+    elsewhere = FakeLab(digest="e" * 64)
+    search(elsewhere, budget)
+    assert elsewhere.steps[0].depends not in keys
     # The second step's key is that of the first, and what was taken.
     assert lab.results["step 1", lab.steps[0].depends].key in lab.steps[1].depends
 

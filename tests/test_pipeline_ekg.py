@@ -16,6 +16,7 @@ from optpipe import bank, graph, pipeline, preparation, store, tune
 from optpipe import recipe as recipes
 from optpipe.errors import RunError
 from optpipe.pipeline import memory
+from optpipe.pipeline import search as stages
 from optpipe.report import schema
 from optpipe.results import Analyzed
 from optpipe.types import Choice, Event, Plan, Tune
@@ -265,6 +266,32 @@ def test_a_budget_out_of_reach_ends_the_run_before_the_search(home: Path, tmp_pa
     setup = preparation.prepare(recipes.load(home / "ekg.toml", ["budget.macs_reduction=0.999"]))
     with pytest.raises(RunError, match="no widths meet the budget: the narrowest layers in all 3 groups"):
         take(setup, tmp_path / "run")
+
+
+def test_weights_that_are_gone_end_the_run_with_what_to_do(
+    tmp_path: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    gone = store.Run(tmp_path, None)
+    with pytest.raises(RunError) as refused:
+        stages.prune(setup, gone, finished.choice)
+    assert str(refused.value) == (
+        f"{gone.weights(finished.choice.weights)}: the weights that the search trained are gone; start anew "
+        "with --fresh"
+    )
+    with pytest.raises(RunError, match="start anew with --fresh"):
+        stages.recover(setup, gone, finished.choice, lambda event: None)
+
+
+@pytest.mark.slow
+def test_a_recovery_by_mimicking_finds_the_features_whole(home: Path, tmp_path: Path) -> None:
+    setup = preparation.prepare(recipes.load(home / "ekg.toml", ["recover.name=practise"]))
+    ran = take(setup, tmp_path / "run")
+    assert {name for name, _ in ran.report.plan.keep_channels} == {"blocks.0.conv1", "blocks.1.conv1"}
+    assert (ran.report.recover.loss, ran.report.budget.met) == ("mimic", True)
+    assert {row[0]: row[-1] for row in ran.report.tables[1].rows}["stem"] == (
+        "the recovery compares its channels with the original's"
+    )
+    assert not ran.notes("memory bank")
 
 
 # ---------------------------------------------------------------- after another method

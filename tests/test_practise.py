@@ -217,6 +217,10 @@ def test_a_network_without_droppable_blocks_is_refused_unasked() -> None:
     with pytest.raises(UsageError, match="the network has no droppable block"):
         search(lab, Budget(drop_blocks=1), names=())
     assert lab.requests == []
+    scene = make_scene(Budget(drop_blocks=1), ())
+    with pytest.raises(UsageError, match="`optpipe inspect` says why not for each"):
+        practise.check(scene.graph, scene.calibration, scene.budget, ONCE)
+    practise.check(make_scene(Budget(drop_blocks=1)).graph, scene.calibration, scene.budget, ONCE)
 
 
 def test_all_blocks_are_scored_once_in_one_step() -> None:

@@ -106,6 +106,90 @@ def test_an_unknown_method_to_recover_as_is_named_with_its_place(recipe: Path) -
     )
 
 
+NETWORKS = """
+from torch import nn
+
+
+def chain():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+
+def single():
+    return nn.Sequential(nn.Conv2d(3, 10, 16), nn.Flatten())
+"""
+
+
+def refused(recipe: Path, *overrides: str) -> str:
+    """The refusal, which stands behind the recipe's path and before anything was written."""
+    (recipe.parent / "networks_to_refuse.py").write_text(NETWORKS, encoding="utf-8")
+    before = sorted(recipe.parent.iterdir())
+    with pytest.raises(UsageError) as error:
+        preparation.prepare(recipes.load(recipe, overrides))
+    assert [path for path in sorted(recipe.parent.iterdir()) if path.name != "__pycache__"] == before
+    path, _, text = str(error.value).partition(": ")
+    assert path == str(recipe)
+    return text
+
+
+EKG = "method.name=ekg"
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("method.ratio=0.95", "[method] ratio = 0.95: must be above 0 and at most 0.9"),
+        ("method.score_images=0", "[method] score_images = 0: must be above 0"),
+        ("method.tuning_images=0", "[method] tuning_images = 0: must be above 0"),
+        ("method.tries=-1", "[method] tries = -1: must be above 0, or 0 for no limit"),
+        (
+            "model.name=networks_to_refuse:single",
+            "[method] ekg: the network has no channel group that can be narrowed (its channels are the "
+            "classes); `optpipe inspect` says why not for each",
+        ),
+    ],
+)
+def test_what_ekg_cannot_search_is_refused_with_the_recipes_path(
+    recipe: Path, override: str, text: str
+) -> None:
+    assert refused(recipe, EKG, override) == text
+
+
+@pytest.mark.parametrize("budget", ["latency_reduction = 0.3", "latency_ms = 0.3"])
+def test_a_latency_budget_with_its_last_step_alone_timed_is_refused(recipe: Path, budget: str) -> None:
+    recipe.write_text(RECIPE.replace("macs_reduction = 0.3", budget), encoding="utf-8")
+    assert refused(recipe, EKG, "method.timed=last") == (
+        '[method] timed = "last": a latency budget needs every step timed; set "every"'
+    )
+
+
+def test_blocks_to_drop_are_no_budget_of_ekgs(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace("macs_reduction = 0.3", "drop_blocks = 2"), encoding="utf-8")
+    assert refused(recipe, EKG).startswith(
+        "[budget] drop_blocks: ekg narrows layers and drops no block; give"
+    )
+
+
+def test_a_class_of_one_image_is_too_few_for_ekg(recipe: Path) -> None:
+    path = recipe.parent / "calibration.npz"
+    np.savez(path, images=np.load(path)["images"][:-1], labels=np.arange(19) % 10)
+    assert refused(recipe, EKG) == (
+        "[data] calibration: class 9 has 1 images; ekg needs at least two of each (32 to score and 256 to "
+        "tune, if there are): raise count, or give images of that class"
+    )
+
+
+def test_a_network_without_droppable_blocks_is_refused_with_the_recipes_path(recipe: Path) -> None:
+    assert refused(recipe, "model.name=networks_to_refuse:chain").startswith(
+        "[method] practise: the network has no droppable block"
+    )
+    assert preparation.prepare(
+        recipes.load(recipe, [EKG, "model.name=networks_to_refuse:chain"])
+    ).graph.groups
+
+
 UNLABELLED = "data.calibration.labels=false"
 LACK = "needs labelled calibration images, and calibration.npz has no labels"
 
