@@ -105,10 +105,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="TABLE.KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, of macs and latency [1]")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; not of time [1]")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     arguments = parser.parse_args(words)
-    if arguments.workers > 1 and arguments.table not in {"macs", "latency"}:
+    if arguments.workers > 1 and arguments.table == "time":
         parser.error(f"--workers {arguments.workers}: {arguments.table} compares seconds; give 1")
     return arguments
 
@@ -186,7 +186,7 @@ def command(
 def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ...]]]:
     """The configurations of a table, each with what it sets."""
     if arguments.table == "tiny":
-        return tiny_variants(arguments.steps)
+        return tiny_variants(arguments.steps, threads_of(arguments))
     everywhere: tuple[str, ...] = (
         f"recover.epochs={epochs_of(arguments)}",
         "recover.views=2",
@@ -229,10 +229,10 @@ def threads_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (f"target.threads={max(1, (os.cpu_count() or 1) // arguments.workers)}",)
 
 
-def tiny_variants(steps: int) -> list[tuple[Variant, tuple[str, ...]]]:
+def tiny_variants(steps: int, threads: tuple[str, ...]) -> list[tuple[Variant, tuple[str, ...]]]:
     """EKG's search with either recovery at two budgets, and the rival's shares of channels."""
     # About 50 images a class: a third of them for the reward, the others for the epoch before the search.
-    images = (f"data.calibration.count={IMAGES}", "method.score_images=16")
+    images = (*threads, f"data.calibration.count={IMAGES}", "method.score_images=16")
     own = (f"recover.steps={steps}", f"recover.batch={BATCH}")
     mimic = ('recover.name="practise"', *own)
     searched = (*images, 'method.score="taylor"', 'method.guide="ensemble"')

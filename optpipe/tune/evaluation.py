@@ -72,10 +72,13 @@ def logit_batches(
         network, size = _on_batch_statistics(network).to(device), STATISTICS_BATCH
     else:
         network = there(network, device)
+    layout = torch.channels_last if half else torch.preserve_format
+    if half:  # the layout in which bfloat16 is quick; the caller's network keeps its own
+        network = copy.deepcopy(network).to(memory_format=layout)
     for batch in _batches(images, device, size):
         # Not around the loop: a generator would leave its caller in inference mode.
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
-            found: torch.Tensor = network(batch)
+            found: torch.Tensor = network(batch.to(memory_format=layout))
         yield found.float().cpu() if half else found.cpu()
 
 
