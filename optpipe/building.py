@@ -66,6 +66,25 @@ def export(model: nn.Module, bench: Workbench, folder: Path) -> Path:
     return path
 
 
+def narrow(original: Path, model: nn.Module, folder: Path) -> Path | None:
+    """The file of a network that is the original but for its widths, cut from the original's ONNX file.
+
+    Good for its time alone; None where it cannot be had that way.
+    """
+    path = folder / ONNX
+    return path if onnx_export.narrow(original, model, path) else None
+
+
+def narrows(original: Path, model: nn.Module, exported: Path) -> bool:
+    """Whether cutting the original's file gives the structure of ``exported``, an export of ``model``."""
+    cut = exported.with_name("narrowed.onnx")
+    if not onnx_export.narrow(original, model, cut):
+        return False
+    alike = onnx_export.structure_digest(cut) == onnx_export.structure_digest(exported)
+    cut.unlink()
+    return alike
+
+
 def build(
     exported: Path,
     bench: Workbench,

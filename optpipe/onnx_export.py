@@ -91,6 +91,72 @@ def export(
     write_atomically(path, proto.SerializeToString(deterministic=True))
 
 
+def narrow(source: Path, model: nn.Module, path: Path) -> bool:
+    """Write ``source``, an export of a network, with its layers as wide as they are in ``model``.
+
+    It has the structure that exporting ``model`` gives, for a small part of the time, and takes as long to
+    run; its weights are the first of the source's, so that it computes nothing of use. False, and no file,
+    where the graph holds weights that are no convolution's or linear layer's of the same name: only an
+    export will do then. ``structure_digest`` tells whether both agree.
+    """
+    proto = onnx.load(source)
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for node in proto.graph.node:
+        held = [name for name in node.input if name in weights and _is_weight(weights[name])]
+        if not held:
+            continue
+        shapes = _widths_of(node, [tuple(weights[name].dims) for name in held], model, held[0])
+        if shapes is None or any(
+            wanted.setdefault(name, own) != own for name, own in zip(held, shapes, strict=True)
+        ):
+            return False
+        if node.op_type == "Gemm" and node.input[0] in makers:
+            _flatten_to(makers[node.input[0]], weights, model.get_submodule(held[0].removesuffix(".weight")))
+    for name, own in wanted.items():
+        kept = onnx.numpy_helper.to_array(weights[name])[tuple(slice(size) for size in own)]
+        if kept.shape != own:
+            return False
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(kept), name))
+    write_atomically(path, proto.SerializeToString(deterministic=True))
+    return True
+
+
+def _flatten_to(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto], layer: nn.Module) -> None:
+    """Let the reshaping before a linear layer give as many features as the layer takes."""
+    if node.op_type == "Reshape" and node.input[1] in weights and isinstance(layer, nn.Linear):
+        shape = onnx.numpy_helper.to_array(weights[node.input[1]]).copy()
+        if len(shape) == 2 and shape[1] > layer.in_features:
+            shape[1] = layer.in_features
+            weights[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(shape, node.input[1]))
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type not in _SHAPE_TYPES and len(tensor.dims) > 0
+
+
+def _widths_of(
+    node: onnx.NodeProto, held: Sequence[tuple[int, ...]], model: nn.Module, name: str
+) -> list[tuple[int, ...]] | None:
+    """The shapes of a node's weight and bias in ``model``; None where the node is no layer of it.
+
+    A grouped convolution's node is given its number of groups too.
+    """
+    layer = dict(model.named_modules()).get(name.removesuffix(".weight"))
+    if node.op_type not in {"Conv", "Gemm"} or not isinstance(layer, nn.Conv2d | nn.Linear):
+        return None
+    own = tuple(layer.weight.shape)
+    if node.op_type == "Gemm" and not any(one.name == "transB" and one.i for one in node.attribute):
+        own = own[::-1]
+    if len(own) != len(held[0]):
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "group" and isinstance(layer, nn.Conv2d):
+            attribute.i = layer.groups
+    return [own, *[(layer.weight.shape[0],) for _ in held[1:]]]
+
+
 def parity(
     model: nn.Module, session: Session, images: Images, *, atol: float, rtol: float, count: int
 ) -> Parity:

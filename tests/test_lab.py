@@ -474,6 +474,41 @@ def test_driving_a_search_sends_answers_in_the_order_of_the_requests(
     ]
 
 
+def test_of_narrowed_candidates_only_the_first_is_exported(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[str] = []
+    export = building.export
+
+    def counted(model: nn.Module, bench: building.Workbench, folder: Path) -> Path:
+        exported.append(folder.name)
+        return export(model, bench, folder)
+
+    monkeypatch.setattr(building, "export", counted)
+    bench = open_bench(store.Run(tmp_path / "run", None), subject)
+    for count in (6, 4, 2):
+        trial = bench.trial(Plan(keep_channels=(("same.0.conv1", tuple(range(count))),)))
+        assert trial.latency is not None and trial.latency.ratio_to_original is not None
+    assert exported[0] == "baseline" and len(exported) == 2
+    # A block that is gone is another graph.
+    bench.trial(Plan(drop_blocks=("wide",), keep_channels=(("same.0.conv1", (0, 1)),)))
+    assert len(exported) == 3
+    bench.lab.close()
+
+
+def test_where_a_cut_file_is_not_what_an_export_gives_all_are_exported(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[str] = []
+    monkeypatch.setattr(building, "narrows", lambda original, model, exported: False)
+    monkeypatch.setattr(building, "narrow", lambda original, model, folder: cut.append(folder.name))
+    bench = open_bench(store.Run(tmp_path / "run", None), subject)
+    for count in (6, 4):
+        bench.trial(Plan(keep_channels=(("same.0.conv1", tuple(range(count))),)))
+    assert cut == [] and bench.backend.built == 3
+    bench.lab.close()
+
+
 @pytest.mark.parametrize(
     ("plan", "name"),
     [

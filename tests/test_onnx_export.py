@@ -14,7 +14,7 @@ from torch import nn
 
 from optpipe.backends import onnxruntime as backend
 from optpipe.errors import RunError
-from optpipe.onnx_export import Parity, check_parity, export, parity, structure_digest
+from optpipe.onnx_export import Parity, check_parity, export, narrow, parity, structure_digest
 from optpipe.types import Sample, Session, Target
 
 SHAPE = (3, 12, 12)
@@ -251,3 +251,59 @@ def test_a_file_that_is_not_onnx_has_no_digest(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
     with pytest.raises(RunError, match=r"cannot read .*broken\.onnx"):
         structure_digest(tmp_path / "broken.onnx")
+
+
+class Carried(nn.Module):
+    """A depthwise convolution between two others, and a classifier that reads a flattened map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(3, width, 1)
+        self.carry = nn.Conv2d(width, width, 3, stride=4, groups=width, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width * 9, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(self.norm(self.carry(torch.relu(self.expand(images)))))
+        return self.head(torch.flatten(features, 1))  # type: ignore[no-any-return]
+
+
+class Before(nn.Module):
+    """A batch-norm that no convolution can take in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.norm(torch.relu(self.conv(images)))
+        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("network", [Net, Carried])
+def test_a_file_cut_to_the_widths_of_a_network_has_the_structure_of_its_export(
+    tmp_path: Path, network: type[Net | Carried]
+) -> None:
+    wide, slim = network(8).eval(), network(5).eval()
+    for name, model in (("wide", wide), ("slim", slim)):
+        export(model, SHAPE, 4, tmp_path / f"{name}.onnx")
+    assert narrow(tmp_path / "wide.onnx", slim, tmp_path / "cut.onnx")
+    digests = {name: structure_digest(tmp_path / f"{name}.onnx") for name in ("wide", "slim", "cut")}
+    assert digests["cut"] == digests["slim"] != digests["wide"]
+    target = Target("onnxruntime", 4, SHAPE, threads=1)
+    session = backend.load(backend.build(tmp_path / "cut.onnx", target, tmp_path), target)
+    assert session.run(np.zeros((4, *SHAPE), np.float32)).shape == (4, 4)
+    session.close()
+
+
+def test_a_file_with_weights_of_other_layers_is_not_cut(tmp_path: Path) -> None:
+    export(Before(8).eval(), SHAPE, 4, tmp_path / "wide.onnx")
+    assert not narrow(tmp_path / "wide.onnx", Before(5).eval(), tmp_path / "cut.onnx")
+    assert not (tmp_path / "cut.onnx").exists()
+
+
+def test_a_network_that_is_wider_cannot_be_cut_from_a_file(tmp_path: Path) -> None:
+    export(Net(5).eval(), SHAPE, 4, tmp_path / "slim.onnx")
+    assert not narrow(tmp_path / "slim.onnx", Net(8).eval(), tmp_path / "cut.onnx")
