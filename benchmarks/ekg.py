@@ -122,7 +122,9 @@ def suffix(arguments: argparse.Namespace) -> str:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    budgets = {"tiny": tuple(TINY.values()), "macs": (MACS,), "time": (MACS,)}.get(arguments.table, (LATENCY,))
+    budgets = {"tiny": tuple(TINY.values()), "macs": (MACS,), "time": (MACS,)}.get(
+        arguments.table, (LATENCY,)
+    )
     return Settings(
         table=arguments.table,
         network=arguments.network,
