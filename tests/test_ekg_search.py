@@ -520,7 +520,7 @@ LOWEST = kept({"stem": 8, "conv1": 8, "wide": 6})
 def test_where_the_rungs_end_before_the_budget_the_search_ends_before_it_trains() -> None:
     lab = FakeLab(ratio=lambda plan: 0.3 if plan == NARROWEST else in_eights(plan))
     with pytest.raises(RunError) as refused:
-        search(lab, Budget(latency_reduction=0.6))
+        search(lab, Budget(latency_reduction=0.6), settings(widths="measured"))
     assert str(refused.value) == (
         "no widths meet the budget: the smallest channel counts that the target executes faster than larger "
         "ones, in all groups, save 45.3% of the latency; 60.0% is asked; lower it, or let widths be any "
@@ -528,6 +528,20 @@ def test_where_the_rungs_end_before_the_budget_the_search_ends_before_it_trains(
     )
     assert (lab.timed[0], lab.timed[-1]) == (NARROWEST, LOWEST)
     assert asked(lab.requests) == ["Ask"] * (1 + 21 + 1)
+
+
+def test_where_noise_hides_what_single_widths_save_any_width_will_do() -> None:
+    lab = FakeLab()
+
+    def ratio(plan: Plan) -> float:
+        # The narrowest network, the 21 counts and the rungs' end, which is then the whole network.
+        return 1.0 if 1 < len(lab.timed) <= 1 + 21 + 1 else sizes(plan)[0]
+
+    lab.ratio = ratio
+    choice = search(lab, Budget(latency_reduction=0.3))
+    assert sizes(choice.plan)[0] + HALF_WIDTH <= 0.7
+    assert {row[-1] for row in choice.tables[2].rows} == {"passed over: no faster than more channels"}
+    assert {one.plan for one in choice.interim[1:]} <= set(lab.timed)
 
 
 def test_what_is_slower_in_the_end_than_it_was_at_first_says_what_was_reached() -> None:

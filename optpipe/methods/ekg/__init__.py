@@ -37,11 +37,13 @@ from optpipe.types import (
     Choice,
     Images,
     Interim,
+    Latency,
     ModelGraph,
     Plan,
     Request,
     Scene,
     Search,
+    Table,
     Train,
     Trained,
     Trial,
@@ -135,9 +137,12 @@ def search(scene: Scene, config: Config) -> Search:
     costs = graph.Costs(scene.model, shape, widths)
     yield from _check_reachable(scene, widths, costs)
     ladders: tuple[ladder.Ladder, ...] = ()
+    timed: tuple[Table, ...] = ()
     if _measures_widths(scene, config):
         ladders = yield from ladder.measure(widths, costs)
-        yield from _check_rungs(scene, widths, ladders)
+        timed = (ladder.table(widths.groups, ladders),)
+        if not (yield from _rungs_reach(scene, widths, ladders, must=config.widths == "measured")):
+            ladders = ()
     validation, subset = images.draw(scene.calibration, config, scene.graph.classes, scene.seed)
     steps = -(-len(subset) // _TUNE.batch)
     (answer,) = yield [Train(Plan(), replace(_TUNE, steps=steps, autocast=config.autocast), subset)]
@@ -157,7 +162,7 @@ def search(scene: Scene, config: Config) -> Search:
     )
     field = Field(scene, config, widths, costs, judge, ladders, trained.digest)
     taken = yield from descend(field)
-    return _choice(field, taken, trained.key)
+    return _choice(field, taken, trained.key, timed)
 
 
 def _widths(scene: Scene) -> graph.WidthMap:
@@ -196,25 +201,39 @@ def _check_reachable(
                 f"of the parameters; {budgets.asked_in_words(scene)}; lower it"
             )
         return
-    yield from _check_latency(scene, widths, widths.blocks, what)
+    latency = yield from _narrowed(widths, widths.blocks)
+    if not budgets.latency_meets(scene, latency):
+        raise RunError(
+            f"no widths meet the budget: {what} save {budgets.saved(latency):.1%} of the latency; "
+            f"{budgets.asked_in_words(scene)}; lower it"
+        )
 
 
-def _check_rungs(
-    scene: Scene, widths: graph.WidthMap, ladders: Sequence[ladder.Ladder]
-) -> Generator[Sequence[Request], Sequence[Answer], None]:
-    """The same for the narrowest network that the measured channel counts allow."""
+def _rungs_reach(
+    scene: Scene, widths: graph.WidthMap, ladders: Sequence[ladder.Ladder], *, must: bool
+) -> Generator[Sequence[Request], Sequence[Answer], bool]:
+    """Whether the narrowest network that the measured channel counts allow meets a latency budget.
+
+    Where it does not, because noise hides counts that save little, any width will have to do: False, or
+    RunError if it ``must``.
+    """
     if scene.budget.allowed_ratio(scene.baseline) is None:
-        return
+        return True
     of = {index: one.lowest for one in ladders for index in one.groups}
-    what = "the smallest channel counts that the target executes faster than larger ones, in all groups,"
-    otherwise = ', or let widths be any ([method] widths = "any")'
-    counts = [of[index] for index in range(len(widths.groups))]
-    yield from _check_latency(scene, widths, counts, what, otherwise)
+    latency = yield from _narrowed(widths, [of[index] for index in range(len(widths.groups))])
+    if not budgets.latency_meets(scene, latency) and must:
+        raise RunError(
+            "no widths meet the budget: the smallest channel counts that the target executes faster than "
+            f"larger ones, in all groups, save {budgets.saved(latency):.1%} of the latency; "
+            f'{budgets.asked_in_words(scene)}; lower it, or let widths be any ([method] widths = "any")'
+        )
+    return budgets.latency_meets(scene, latency)
 
 
-def _check_latency(
-    scene: Scene, widths: graph.WidthMap, counts: Sequence[int], what: str, otherwise: str = ""
-) -> Generator[Sequence[Request], Sequence[Answer], None]:
+def _narrowed(
+    widths: graph.WidthMap, counts: Sequence[int]
+) -> Generator[Sequence[Request], Sequence[Answer], Latency]:
+    """The latency of a network of these widths."""
     kept: Kept = tuple(
         layers.first(group.channels, blocks, count)
         for group, blocks, count in zip(widths.groups, widths.blocks, counts, strict=True)
@@ -222,14 +241,10 @@ def _check_latency(
     (answer,) = yield [Ask(plan_of(widths.groups, kept))]
     latency = cast(Trial, answer).latency
     assert latency is not None
-    if not budgets.latency_meets(scene, latency):
-        raise RunError(
-            f"no widths meet the budget: {what} save {budgets.saved(latency):.1%} of the latency; "
-            f"{budgets.asked_in_words(scene)}; lower it{otherwise}"
-        )
+    return latency
 
 
-def _choice(field: Field, taken: Sequence[Taken], weights: str) -> Choice:
+def _choice(field: Field, taken: Sequence[Taken], weights: str, timed: Sequence[Table]) -> Choice:
     """The end of the search as a choice; the last of ``taken`` holds the chosen network itself."""
     *steps, end = taken
     plan = plan_of(field.groups, end.kept)
@@ -238,8 +253,7 @@ def _choice(field: Field, taken: Sequence[Taken], weights: str) -> Choice:
         tables.step_table(field.groups, steps),
         tables.width_table(field.scene.graph.groups, field.widths, end.kept),
     ]
-    if field.ladders:
-        shown.append(ladder.table(field.groups, field.ladders))
+    shown += timed
     narrowed = len(plan.keep_channels)
     reason = (
         f"{len(steps)} steps narrowed {narrowed} of {len(field.groups)} prunable channel groups: "

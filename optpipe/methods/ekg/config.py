@@ -21,9 +21,10 @@ class Config:
     the most, the cheapest first; 0 leaves it to the threshold.
 
     ``widths``: "measured" steps to channel counts that the target executes well, "any" by ``ratio`` alone;
-    "auto" is "measured" for a latency budget. ``select``: the candidate of the highest reward, or of the
-    least reward lost for what it saves; "auto" is the latter for a latency budget. ``timed``: whether every
-    accepted step is built and timed, or for budgets in MACs or parameters only the last.
+    "auto" is "measured" for a latency budget that those counts can meet. ``select``: the candidate of the
+    highest reward, or of the least reward lost for what it saves; "auto" is the latter for a latency budget.
+    ``timed``: whether every accepted step is built and timed, or for budgets in MACs or parameters only the
+    last. ``autocast``: "auto" evaluates in bfloat16 where the hardware does so natively.
     """
 
     score: Score = "taylor"
