@@ -21,10 +21,14 @@ from optpipe.report import schema
 from optpipe.results import Analyzed
 from optpipe.types import Choice, Event, Plan, Tune
 
+# Whole runs with real engines: the search itself is in test_ekg_search.py.
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 
 
 class Block(nn.Module):
