@@ -24,8 +24,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# One thread: the tests' networks are too small for more, and threads that wait for each other on a busy machine take
-# several times as long.
+# One thread: the tests' networks are too small for more, and on a busy machine threads wait for each other.
 unit: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not gpu and not slow'
 

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -197,11 +197,10 @@ def _met(scene: Scene, trial: Trial, dropped: int) -> bool:
     """Whether a candidate meets the budget: in size, or with the whole interval of its latency's ratio."""
     if scene.budget.drop_blocks is not None:
         return dropped >= scene.budget.drop_blocks
-    size = _size(scene, trial)
-    if size is not None:
-        _, reduced, asked = size
-        # 0.1 of 100 is met by 90, though 1 - 90 / 100 is a hair below 0.1.
-        return reduced >= asked - 1e-9
+    shown = scene.graph
+    in_size = scene.budget.met_in_size(trial.macs / shown.macs, trial.parameters / shown.parameters)
+    if in_size is not None:
+        return in_size
     allowed = scene.budget.allowed_ratio(scene.baseline)
     assert allowed is not None and trial.latency is not None and trial.latency.ratio_ci95 is not None
     return trial.latency.ratio_ci95[1] <= allowed
