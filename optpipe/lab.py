@@ -187,7 +187,7 @@ class Lab:
         path = self._run.weights(key)
         if path.exists():
             store.load_tensors(candidate, path)
-            return Trained(key, candidate, store.file_sha256(path), watch.seconds), "reused"
+            return Trained(key, candidate, store.file_sha256(path), seconds=watch.seconds), "reused"
         images = subject.calibration
         if request.images is not None:
             images = data.part(images, request.images)
@@ -205,7 +205,7 @@ class Lab:
         store.save_tensors(path, candidate.state_dict())
         checkpoint.unlink(missing_ok=True)
         tune.release(self._device)
-        return Trained(key, candidate, store.file_sha256(path), watch.seconds), "computed"
+        return Trained(key, candidate, store.file_sha256(path), seconds=watch.seconds), "computed"
 
     def _key(self, kind: str, *depends: object) -> str:
         subject = self._subject

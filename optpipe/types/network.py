@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A residual block of the traced graph; shapes are (C, H, W) of one image."""
+    """A unit of depth of the traced graph; shapes are (C, H, W) of one image.
+
+    ``kind``: "residual" is what lies between a stream and an add; "dense" a layer whose features are
+    concatenated to those before it; "plain" a convolution with its normalisation and activation that keeps
+    the shape.
+    """
 
     name: str
     input_shape: tuple[int, ...]
@@ -25,6 +31,7 @@ class Block:
     macs: int
     droppable: bool
     why_not: str = ""
+    kind: Literal["residual", "dense", "plain"] = "residual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,10 @@ class ChannelGroup:
 
 @dataclass(frozen=True, slots=True)
 class ModelGraph:
-    """What the trace of a network shows, in execution order."""
+    """What the trace of a network shows, in execution order.
+
+    ``fixed_size`` says why the network takes no smaller image; "" where it does.
+    """
 
     blocks: tuple[Block, ...]
     groups: tuple[ChannelGroup, ...]
@@ -51,8 +61,14 @@ class ModelGraph:
     macs: int
     input_shape: tuple[int, int, int]
     classes: int
+    fixed_size: str = ""
 
     @property
     def droppable(self) -> tuple[Block, ...]:
-        """The blocks that can be dropped, in execution order."""
+        """The residual blocks that can be dropped, in execution order."""
+        return tuple(block for block in self.units if block.kind == "residual")
+
+    @property
+    def units(self) -> tuple[Block, ...]:
+        """Whatever can be dropped, of each kind, in execution order."""
         return tuple(block for block in self.blocks if block.droppable)

@@ -108,12 +108,27 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """Where a training starts but at the original: the key of a :class:`Trained`, and its plan."""
+
+    key: str
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
 class Train:
-    """Train a candidate on some of the calibration images (all of them by default) and hand it over."""
+    """Train a candidate on some of the calibration images (all of them by default) and hand it over.
+
+    It starts with the original's weights, or with those of ``start``, whose plan must take out nothing
+    that ``plan`` leaves in. With ``score``, the candidate's quality on those calibration images is wanted.
+    Images have the plan's resolution.
+    """
 
     plan: Plan
     tune: Tune
     images: tuple[int, ...] | None = None
+    start: Start | None = None
+    score: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +136,14 @@ class Trained:
     """What a :class:`Train` came to. Not JSON-able.
 
     ``network`` is in eval mode, for reading only. ``digest`` is the sha256 of its weights: on another machine
-    the same request may come to others, so that what is computed from them depends on it.
+    the same request may come to others, so that what is computed from them depends on it. ``quality`` is
+    None where none was wanted.
     """
 
     key: str
     network: fx.GraphModule
     digest: str
+    quality: Quality | None = None
     seconds: float = 0.0
 
 
@@ -145,6 +162,37 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """Points (x, y) of a figure, joined by a line in their order or each a dot; the legend has the name."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    style: Literal["line", "dots"] = "line"
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """Values over two ascending axes: ``values[j][i]`` belongs to x[i] and y[j]; None is left white."""
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure for the report: curves, over a surface where there is one."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: tuple[Curve, ...] = ()
+    surface: Surface | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Interim:
     """A network on the way from the original to the chosen one, a teacher for its recovery.
 
@@ -157,7 +205,7 @@ class Interim:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Where a search ended: what to take out, how to recover, why, and the tables that show it.
+    """Where a search ended: what to take out, how to recover, why, and the tables and figures that show it.
 
     ``weights`` is the key of the :class:`Trained` whose weights the plans are applied to; "" is the original.
     ``interim`` are the networks on the way, the original's own first, the chosen one last.
@@ -169,6 +217,7 @@ class Choice:
     tables: tuple[Table, ...] = ()
     weights: str = ""
     interim: tuple[Interim, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
 
 Search = Generator[Sequence[Request], Sequence[Answer], Choice]
