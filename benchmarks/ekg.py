@@ -15,41 +15,22 @@ results.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import os
-import platform
 import shlex
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-import tomli_w
 from pydantic import ValidationError
 
-from benchmarks.ekg_rows import Facts, Figures, Outcome, Record, Row, Settings, Variant
+from benchmarks import runs
+from benchmarks.ekg_rows import Job, Outcome, Record, Row, Settings, Variant
 from benchmarks.ekg_tables import PAPER_EPOCHS, markdown
+from benchmarks.runs import ROOT, Facts, Figures
 from optpipe import store
-from optpipe.errors import OptpipeError, RunError, UsageError
-from optpipe.files import write_atomically
+from optpipe.errors import OptpipeError, RunError
 from optpipe.report import build, schema
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = ROOT / "recipes" / "cifar10" / "ekg_resnet56.toml"
-WEIGHTS = "${OPTPIPE_DATA:-../../../shared}/weights"
-NETWORKS = {
-    "resnet56": (),
-    "resnet20": (
-        "model.name=zoo:resnet20_cifar",
-        f"model.weights={WEIGHTS}/resnet20_cifar10.safetensors",
-    ),
-}
 EPOCHS = {"macs": 4.0, "latency": 4.0, "time": 2.0, "tiny": 0.0}
 BATCH = 64
 IMAGES = 500
@@ -57,16 +38,6 @@ RIVAL_SHARES = (40, 50, 55, 60)
 MACS = "budget.macs_reduction=0.47"
 LATENCY = "budget.latency_reduction=0.3"
 TINY = {25: "budget.latency_reduction=0.25", 29: "budget.latency_reduction=0.29"}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One row to be made: a command and the folder in which it leaves its report or its figures."""
-
-    variant: Variant
-    seed: int
-    folder: Path
-    command: tuple[str, ...]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -78,15 +49,10 @@ def main(words: Sequence[str] | None = None) -> int:
             print(shlex.join(job.command))
         return 0
     path = arguments.out / f"ekg_{arguments.table}{suffix(arguments)}.json"
-    record = resume(path, settings_of(arguments))
+    record = runs.resume(Record, path, settings_of(arguments))
     wanted = [job for job in jobs if not is_done(record, job, jobs)]
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        # Not at the end of all: rows are written as they come.
-        for done in as_completed([pool.submit(run, job, arguments.workers) for job in wanted]):
-            record = with_row(record, *done.result())
-            write_atomically(path, store.to_json(record))
-            write_atomically(path.with_suffix(".md"), markdown(record))
-            print(one_line(record.rows[-1]), flush=True)
+    workers: int = arguments.workers
+    record = runs.make(record, path, wanted, workers, lambda job: run(job, workers), markdown, runs.line)
     print(markdown(record))
     return 0
 
@@ -98,15 +64,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     scale.add_argument("--scale", type=float, help="epochs of fine-tuning [4; time: 2]")
     scale.add_argument("--paper", dest="scale", action="store_const", const=float(PAPER_EPOCHS))
     parser.add_argument("--steps", type=int, default=300, help="iterations of the table tiny [300]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--network", choices=list(NETWORKS), default="resnet56")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="these configurations alone")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ekg"), help="where the runs are kept")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="TABLE.KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; not of time [1]")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    runs.add_options(parser, "ekg", RECIPE)
     arguments = parser.parse_args(words)
     if arguments.workers > 1 and arguments.table == "time":
         parser.error(f"--workers {arguments.workers}: {arguments.table} compares seconds; give 1")
@@ -115,10 +73,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 def suffix(arguments: argparse.Namespace) -> str:
     """What tells the names of this call's runs and results from those of the default scale."""
-    parts = [] if arguments.network == "resnet56" else [arguments.network]
-    parts += [] if arguments.scale is None else [f"{arguments.scale:g}epochs"]
-    parts += [] if arguments.steps == 300 else [f"{arguments.steps}steps"]
-    return "".join(f"-{part}" for part in parts)
+    return runs.suffix(arguments, *([] if arguments.steps == 300 else [f"{arguments.steps}steps"]))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -132,7 +87,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         epochs=epochs_of(arguments),
         steps=arguments.steps,
         overrides=tuple(arguments.overrides),
-        machine=f"{platform.platform()}, {os.cpu_count()} cores",
+        machine=runs.machine(),
         workers=arguments.workers,
     )
 
@@ -147,15 +102,8 @@ def base_recipe(arguments: argparse.Namespace) -> Path:
 
     For 500 images also without its ``[recover]`` table, which is not for that many.
     """
-    if not arguments.recipe.is_file():
-        raise UsageError(f"{arguments.recipe}: there is no such recipe; name another with --recipe")
-    raw = tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))
-    raw["budget"] = {}
-    if arguments.table == "tiny":
-        raw.pop("recover", None)
     path: Path = arguments.runs / f"{arguments.recipe.stem}-{arguments.table}.toml"
-    write_atomically(path, tomli_w.dumps(raw))
-    return path
+    return runs.base_recipe(arguments.recipe, path, ["recover"] if arguments.table == "tiny" else [])
 
 
 def jobs_of(arguments: argparse.Namespace, recipe: Path) -> Iterator[Job]:
@@ -167,28 +115,22 @@ def jobs_of(arguments: argparse.Namespace, recipe: Path) -> Iterator[Job]:
         for variant, overrides in found:
             if arguments.only and variant.name not in arguments.only:
                 continue
-            folder = arguments.runs / f"{arguments.table}-{variant.name}{suffix(arguments)}-seed{seed}"
-            seeded = (f"run.seed={seed}", f"data.calibration.seed={seed}")
-            words = (*NETWORKS[arguments.network], *overrides, *seeded, *arguments.overrides)
-            yield Job(variant, seed, folder, command(arguments.table, variant, recipe, folder, words))
+            start = command(arguments.table, variant, recipe)
+            yield runs.job(arguments, suffix(arguments), variant, seed, start, overrides)
 
 
-def command(
-    table: str, variant: Variant, recipe: Path, folder: Path, overrides: Sequence[str]
-) -> tuple[str, ...]:
+def command(table: str, variant: Variant, recipe: Path) -> tuple[str, ...]:
+    """The beginning of a configuration's command."""
     if variant.score == "torch-pruning":
-        start = [sys.executable, "-m", "benchmarks.ekg_rival", str(recipe)]
-        start += ["--share", variant.name.rpartition("-")[2]]
-    else:
-        start = [sys.executable, "-m", "optpipe.cli", "run", str(recipe), "--quiet"]
-        start += ["--fresh"] if table == "time" else []
-    return (*start, "--out", str(folder), *(word for one in overrides for word in ("--set", one)))
+        share = variant.name.rpartition("-")[2]
+        return (sys.executable, "-m", "benchmarks.ekg_rival", str(recipe), "--share", share)
+    return (*runs.optpipe_run(recipe), *(["--fresh"] if table == "time" else []))
 
 
 def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ...]]]:
     """The configurations of a table, each with what it sets."""
     if arguments.table == "tiny":
-        return tiny_variants(arguments.steps, threads_of(arguments))
+        return tiny_variants(arguments.steps, runs.threads_of(arguments.workers))
     everywhere: tuple[str, ...] = (
         f"recover.epochs={epochs_of(arguments)}",
         "recover.views=2",
@@ -202,7 +144,7 @@ def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ..
         ekg = [("ensemble", "none"), ("single", "none"), ("ensemble", "ensemble"), ("ensemble", "single")]
         rivals = ["l1", "fpgm", "gbn", "random"]
     else:
-        everywhere = (LATENCY, *threads_of(arguments), *everywhere)
+        everywhere = (LATENCY, *runs.threads_of(arguments.workers), *everywhere)
         ekg = [("ensemble", "none"), ("ensemble", "ensemble")]
         rivals = ["l1", "fpgm", "gbn", "random"]
     if arguments.table == "time":
@@ -225,13 +167,6 @@ def variants(arguments: argparse.Namespace) -> list[tuple[Variant, tuple[str, ..
     ]
 
 
-def threads_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Engines on one run's share of the cores, so that one is timed while another run trains beside it."""
-    if arguments.workers == 1:
-        return ()
-    return (f"target.threads={max(1, (os.cpu_count() or 1) // arguments.workers)}",)
-
-
 def tiny_variants(steps: int, threads: tuple[str, ...]) -> list[tuple[Variant, tuple[str, ...]]]:
     """EKG's search with either recovery at two budgets, and the rival's shares of channels."""
     # About 50 images a class: a third of them for the reward, the others for the epoch before the search.
@@ -252,49 +187,15 @@ def tiny_variants(steps: int, threads: tuple[str, ...]) -> list[tuple[Variant, t
 
 
 def run(job: Job, workers: int = 1) -> tuple[Row, Facts | None]:
-    """The row of one command, run now unless its folder holds all that it would make.
-
-    ``workers`` commands run at a time, each with its share of the cores.
-    """
-    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {}
-    environment = {
-        **os.environ,
-        **share,
-        "OPTPIPE_DATA": os.environ.get("OPTPIPE_DATA", str(ROOT.parent / "shared")),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
-    done = subprocess.run(
-        job.command,
-        check=False,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode in {130, -2}:
-        raise KeyboardInterrupt
-    if done.returncode:
-        return Row(job.variant, job.seed, None, reason(done.stderr, done.returncode)), None
-    try:
-        figures, facts = outcome(job)
-    except OptpipeError as error:
-        return Row(job.variant, job.seed, None, str(error)), None
-    return Row(job.variant, job.seed, figures), facts
-
-
-def reason(stderr: str, code: int) -> str:
-    """Why a command failed, in one line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    said = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
-    text = (said or lines or [f"exit code {code}"])[-1]
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+    """The row of one command, run now unless its folder holds all that it would make."""
+    return runs.run(job, outcome, workers)
 
 
 def outcome(job: Job) -> tuple[Figures, Facts]:
     """What a finished command left in its folder."""
     if job.variant.score != "torch-pruning":
         report = build.read(job.folder)
-        return figures_of(report), facts_of(report)
+        return figures_of(report), runs.facts_of(report)
     path = job.folder / "figures.json"
     try:
         left = store.from_json(Outcome, path.read_bytes())
@@ -305,77 +206,16 @@ def outcome(job: Job) -> tuple[Figures, Facts]:
 
 def figures_of(report: schema.Report) -> Figures:
     """What a table shows of a report."""
-    original, result = report.original, report.result
-    latency = result.latency
-    if latency.ratio_to_original is None or latency.ratio_ci95 is None or result.agreement is None:
-        raise RunError(f"{report.name}: its result was not timed and scored beside the original")
-    return Figures(
-        saving=100 * (1 - latency.ratio_to_original),
-        saving_low=100 * (1 - latency.ratio_ci95[1]),
-        saving_high=100 * (1 - latency.ratio_ci95[0]),
-        macs_saving=100 * (1 - result.macs / original.macs),
-        parameters_saving=100 * (1 - result.parameters / original.parameters),
-        original_top1=100 * original.quality.value,
-        before_recovery=100 * report.quality_before_recovery.value,
-        top1=100 * result.quality.value,
-        agreement=100 * result.agreement.value,
-        met=report.budget.met,
-        stages={name: stage.seconds for name, stage in report.stages.items()},
-        widths=tuple((group, len(kept)) for group, kept in report.plan.keep_channels),
-        # Step by step they say something only where every step was timed.
-        tables=report.tables if report.budget.asked.latency_reduction is not None else (),
-    )
-
-
-def facts_of(report: schema.Report) -> Facts:
-    return Facts(
-        executed_on=report.environment.executed_on,
-        platform=report.environment.platform,
-        versions=report.environment.versions,
-        calibration_count=report.data.calibration_count,
-        evaluation_count=report.data.evaluation_count,
-    )
-
-
-def resume(path: Path, settings: Settings) -> Record:
-    """The rows that are there, if they were made with the same settings; else none."""
-    fresh = Record(settings, "", None, ())
-    with contextlib.suppress(FileNotFoundError, ValidationError):
-        found = store.from_json(Record, path.read_bytes())
-        if found.settings == settings:
-            return found
-    return fresh
+    # Step by step they say something only where every step was timed.
+    return runs.figures_of(report, report.tables if report.budget.asked.latency_reduction is not None else ())
 
 
 def is_done(record: Record, job: Job, jobs: Sequence[Job]) -> bool:
     """Whether a row is there already; of seconds that are compared, whether all of its seed are."""
-    wanted = {job.variant}
+    compared = [job]
     if record.settings.table == "time":
-        wanted = {other.variant for other in jobs if other.seed == job.seed}
-    made = {row.variant for row in record.rows if row.seed == job.seed and row.figures is not None}
-    return wanted <= made
-
-
-def with_row(record: Record, row: Row, facts: Facts | None) -> Record:
-    """The record with a row added, in the place of an earlier one of the same name and seed."""
-    kept = [old for old in record.rows if (old.variant.name, old.seed) != (row.variant.name, row.seed)]
-    return dataclasses.replace(
-        record,
-        date=datetime.now(UTC).date().isoformat(),
-        facts=facts or record.facts,
-        rows=(*kept, row),
-    )
-
-
-def one_line(row: Row) -> str:
-    """A row for the terminal."""
-    figures = row.figures
-    if figures is None:
-        return f"{row.variant.name}, seed {row.seed}: FAILED: {row.failed}"
-    return (
-        f"{row.variant.name}, seed {row.seed}: top-1 {figures.top1:.2f} ({figures.before_recovery:.1f} before), "
-        f"latency {-figures.saving:+.1f}%, MACs -{figures.macs_saving:.1f}%, {figures.whole_s:.0f} s"
-    )
+        compared = [other for other in jobs if other.seed == job.seed]
+    return all(runs.is_done(record, other) for other in compared)
 
 
 if __name__ == "__main__":

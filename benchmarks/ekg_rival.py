@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from benchmarks.ekg_rows import Facts, Figures, Outcome
+from benchmarks.ekg_rows import Outcome
+from benchmarks.runs import Facts, Figures
 from optpipe import building, environment, graph, onnx_export, preparation, quality, store, timing, tune
 from optpipe import recipe as recipes
 from optpipe.errors import OptpipeError, RunError

@@ -1,12 +1,14 @@
-"""What ``benchmarks.ekg`` keeps of its runs: percent, points of accuracy, and the seconds of a run's stages."""
+"""What ``benchmarks.ekg`` keeps of its runs besides what every benchmark of runs does."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from optpipe.types import Table
+from benchmarks import runs
+from benchmarks.runs import Facts, Figures
+from benchmarks.runs_tables import of
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,66 +19,6 @@ class Variant:
     score: str
     guide: str
     teachers: str
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What one run measured. ``widths`` are channels kept of each narrowed group, ``tables`` the search's."""
-
-    saving: float
-    saving_low: float
-    saving_high: float
-    macs_saving: float
-    parameters_saving: float
-    original_top1: float
-    before_recovery: float
-    top1: float
-    agreement: float
-    met: bool
-    stages: dict[str, float]
-    widths: tuple[tuple[str, int], ...] = ()
-    tables: tuple[Table, ...] = ()
-
-    @property
-    def change(self) -> float:
-        """Points of top-1 against the original."""
-        return self.top1 - self.original_top1
-
-    @property
-    def search_s(self) -> float:
-        """Seconds of the search."""
-        return self.stages.get("analyze", 0.0)
-
-    @property
-    def recover_s(self) -> float:
-        """Seconds of the recovery, a memory bank with it."""
-        return self.stages.get("recover", 0.0)
-
-    @property
-    def whole_s(self) -> float:
-        """Seconds of all stages."""
-        return sum(self.stages.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One run: its figures, or why there are none."""
-
-    variant: Variant
-    seed: int
-    figures: Figures | None
-    failed: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Where and on what the runs were made."""
-
-    executed_on: str
-    platform: str
-    versions: dict[str, str]
-    calibration_count: int
-    evaluation_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,37 +44,12 @@ class Settings:
     workers: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A table as it is kept: rows in the order in which they were made."""
-
-    settings: Settings
-    date: str
-    facts: Facts | None
-    rows: tuple[Row, ...]
+Job: TypeAlias = runs.Job[Variant]
+Row: TypeAlias = runs.Row[Variant, Figures]
+Record: TypeAlias = runs.Record[Settings, Variant, Figures]
 
 
-def of(row: Row) -> Figures:
-    """The figures of a row that has some."""
-    assert row.figures is not None
-    return row.figures
-
-
-def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each variant, in the order in which variants first appear."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.variant.name, []).append(row)
-    return found
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation, or the one value."""
-    mean = f"{statistics.mean(values):{form}}"
-    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
-
-
-def searched_s(rows: list[Row], row: Row) -> float:
+def searched_s(rows: Sequence[Row], row: Row) -> float:
     """Seconds of the search that a row stands on.
 
     Rows of one seed that differ in the recovery alone share one search: the first runs it, the others find

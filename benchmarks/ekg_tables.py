@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from benchmarks.ekg_rows import Record, Row, by_variant, of, searched_s, spread
+from benchmarks.ekg_rows import Record, Row, searched_s
 from benchmarks.ekg_tiny import tiny_section
+from benchmarks.runs_tables import (
+    by_variant,
+    circumstances,
+    heading,
+    not_reached,
+    of,
+    spread,
+    standard_error,
+    summaries,
+    unequal_seeds,
+    who_is_first,
+)
 
 PAPER_EPOCHS = 100
 PAPER_IMAGES = 50_000
@@ -21,60 +30,28 @@ TEACHERS = ("ekg-ensemble-ensemble", "ekg-ensemble-single", "ekg-ensemble-none")
 SCORERS = ("ekg-ensemble-none", "gbn", "fpgm", "l1", "random")
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Top-1 of one variant over its seeds; ``sd`` is None for a single one."""
-
-    name: str
-    by_seed: dict[int, float]
-
-    @property
-    def mean(self) -> float:
-        """The mean over the seeds."""
-        return statistics.mean(self.by_seed.values())
-
-    @property
-    def sd(self) -> float | None:
-        """The sample's standard deviation."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
-
-    def __str__(self) -> str:
-        return f"`{self.name}` {spread(list(self.by_seed.values()))}"
-
-
 def markdown(record: Record) -> str:
     """The whole file."""
     made = [row for row in record.rows if row.figures is not None]
-    lines = [*heading(record), *standard_error(record, made)]
+    lines = [*introduction(record), *standard_error(record.facts, [of(row) for row in made])]
     if made:
         lines += SECTIONS[record.settings.table](made)
     if made and record.settings.table != "time":
         lines += ["", "## Run by run", *single_rows(made)]
-    failed = [row for row in record.rows if row.figures is None]
-    if failed:
-        lines += ["", "## Not reached", ""]
-        lines += [f"- {row.variant.name}, seed {row.seed}: {row.failed}" for row in failed]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *not_reached(record.rows)]) + "\n"
 
 
-def heading(record: Record) -> list[str]:
+def introduction(record: Record) -> list[str]:
     """Title, date, machine, versions and scale."""
-    settings, facts = record.settings, record.facts
+    settings = record.settings
     titles = {
         "macs": "EKG at equal MACs",
         "latency": "EKG at equal measured latency",
         "time": "EKG: what the memory bank costs",
         "tiny": "EKG on 500 images",
     }
-    lines = [f"# {titles[settings.table]}, {settings.network}", ""]
-    where = settings.machine
-    if facts is not None:
-        versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-        where = (
-            f"{facts.executed_on}, {facts.platform}; {versions}; {facts.calibration_count} training and "
-            f"{facts.evaluation_count} test images, which are disjoint"
-        )
-    lines += [f"{record.date}, {where}. Written by `python -m benchmarks.ekg {settings.table}`.", ""]
+    title = f"{titles[settings.table]}, {settings.network}"
+    lines = heading(record, title, settings.machine, f"benchmarks.ekg {settings.table}")
     asked = f"Asked of each run: {' or '.join(settings.budgets)}. "
     if settings.table == "tiny":
         asked += f"All recover in {settings.steps} iterations of 64 images."
@@ -88,29 +65,7 @@ def heading(record: Record) -> list[str]:
             ' Accuracy is compared here, so `method.timed = "last"`: only the result is built and timed, not '
             "each step of the search."
         )
-    if settings.workers > 1:
-        asked += (
-            f" {settings.workers} runs went at a time, each with its share of the cores, one engine timed at a "
-            "time; what trains beside it disturbs latencies and seconds somewhat."
-        )
-    if settings.overrides:
-        asked += f" Besides: {', '.join(f'`{word}`' for word in settings.overrides)}."
-    return [*lines, asked]
-
-
-def standard_error(record: Record, made: list[Row]) -> list[str]:
-    """How coarse the test set is."""
-    if record.facts is None or not made:
-        return []
-    count = record.facts.evaluation_count
-    top1 = statistics.mean(of(row).top1 for row in made)
-    error = math.sqrt(top1 * (100 - top1) / count)
-    return [
-        "",
-        f"Original top-1: {of(made[0]).original_top1:.2f}. On {count} test images one image is "
-        f"{100 / count:.2f} points, and the standard error of one accuracy of {top1:.1f}% is {error:.2f}; "
-        "nothing is chosen by these images.",
-    ]
+    return [*lines, asked + circumstances(settings.workers, settings.overrides)]
 
 
 def single_rows(rows: list[Row]) -> list[str]:
@@ -150,7 +105,7 @@ def summary_table(rows: list[Row]) -> list[str]:
         whole_s = [one.whole_s - one.search_s + search for one, search in zip(all_of, search_s, strict=True)]
         cells = [
             spread([one.top1 for one in all_of]),
-            spread([one.change for one in all_of], "+.2f").replace("± +", "± "),
+            spread([one.change for one in all_of], "+.2f"),
             spread([one.before_recovery for one in all_of], ".1f"),
             spread([one.saving for one in all_of], ".1f") + "%",
             "-" + spread([one.macs_saving for one in all_of], ".1f") + "%",
@@ -163,35 +118,6 @@ def summary_table(rows: list[Row]) -> list[str]:
             f"{' | '.join(cells)} |"
         )
     return lines
-
-
-def summaries(rows: list[Row], names: Sequence[str]) -> list[Summary]:
-    """Top-1 of those of these variants that have a figure, best first."""
-    found = by_variant(rows)
-    made = [Summary(name, {row.seed: of(row).top1 for row in found[name]}) for name in names if name in found]
-    return sorted(made, key=lambda one: -one.mean)
-
-
-def who_is_first(rows: list[Row], names: Sequence[str]) -> str:
-    """Which of these variants is first, by how much, and whether the spread would hide it."""
-    ordered = summaries(rows, names)
-    if len(ordered) < 2:
-        return "There are not two configurations to compare yet."
-    best, second = ordered[:2]
-    shared = sorted(set(best.by_seed) & set(second.by_seed))
-    ahead = sum(best.by_seed[seed] > second.by_seed[seed] for seed in shared)
-    gap = best.mean - second.mean
-    if gap == 0:
-        verdict = f"{best} and {second} are level"
-    else:
-        verdict = f"{best} is first, {gap:.2f} points before {second}"
-    if best.sd is None or second.sd is None:
-        apart = "with a single seed there is no spread to judge that by"
-    elif best.mean - best.sd <= second.mean + second.sd:
-        apart = "mean ± sd overlap"
-    else:
-        apart = "mean ± sd do not overlap"
-    return f"{verdict}; {apart}; ahead at {ahead} of {len(shared)} equal seeds."
 
 
 def ladder(rows: list[Row], names: Sequence[str]) -> str:
@@ -221,9 +147,7 @@ def compared(rows: list[Row]) -> list[str]:
             "- Ensemble above Single above None in the recovery (search guided by the ensemble): "
             f"{ladder(rows, TEACHERS)}.",
         ]
-    counts = {len(mine) for mine in by_variant(rows).values()}
-    if len(counts) > 1:
-        lines.append("- Not all configurations have the same seeds: their means are not of the same runs.")
+    lines += unequal_seeds(rows)
     return [
         *lines,
         *summary_table(rows),

@@ -6,8 +6,9 @@ import math
 import re
 from collections import Counter
 
-from benchmarks.ekg_rows import Figures, Row, of
-from optpipe.types import Cell, Table
+from benchmarks.ekg_rows import Row
+from benchmarks.runs import Figures
+from benchmarks.runs_tables import cells, of
 
 RIVAL = "torch-pruning"
 # Tables of EKG's report.
@@ -114,7 +115,10 @@ def on_rungs(row: Row) -> list[str]:
     timed = counts_of(figures)
     if not timed:
         return [f"{name}: its report has no table of channel counts."]
-    widths = [(str(group), int(str(had)), int(str(kept))) for group, had, kept in _widths(figures)]
+    widths = [
+        (str(group), int(str(had)), int(str(kept)))
+        for group, had, kept in cells(figures.tables, WIDTHS, ("group", "channels", "kept"))
+    ]
     narrowed = [(group, had, kept) for group, had, kept in widths if kept < had]
     off = [(group, had, kept) for group, had, kept in narrowed if not timed.get(had, {}).get(kept)]
     text = f"{name}: {len(narrowed) - len(off)} of {len(narrowed)} narrowed groups keep a count that was measured to save time"
@@ -129,7 +133,7 @@ def on_rungs(row: Row) -> list[str]:
         verdict = "saves time" if counts[count] else "passed over"
         near.append(f"{count} of {had} {verdict}, kept by {taken} groups")
     lines.append(f"  - The timed counts next to the rival's 40% step: {'; '.join(near)}.")
-    steps = Counter(str(cell) for (cell,) in _cells(figures, STEPS, ("this step",)) if cell is not None)
+    steps = Counter(str(cell) for (cell,) in cells(figures.tables, STEPS, ("this step",)) if cell is not None)
     if steps:
         said = ", ".join(f"{count} {verdict}" for verdict, count in steps.most_common())
         lines.append(f"  - Accepted steps by what the engine measured: {said}.")
@@ -139,19 +143,8 @@ def on_rungs(row: Row) -> list[str]:
 def counts_of(figures: Figures) -> dict[int, dict[int, bool]]:
     """For each width of the original the counts that the search timed, and whether one saves time."""
     found: dict[int, dict[int, bool]] = {}
-    for groups, count, verdict in _cells(figures, COUNTS, ("groups", "channels each", "verdict")):
+    for groups, count, verdict in cells(figures.tables, COUNTS, ("groups", "channels each", "verdict")):
         width = re.search(r"(\d+) channels", str(groups))
         if width is not None:
             found.setdefault(int(width[1]), {})[int(str(count))] = verdict == "taken"
     return found
-
-
-def _widths(figures: Figures) -> list[tuple[Cell, ...]]:
-    return _cells(figures, WIDTHS, ("group", "channels", "kept"))
-
-
-def _cells(figures: Figures, title: str, columns: tuple[str, ...]) -> list[tuple[Cell, ...]]:
-    """These columns of the report's table of this title; nothing where there is none."""
-    table = next((one for one in figures.tables if one.title == title), Table(title, columns, ()))
-    places = [table.columns.index(column) for column in columns]
-    return [tuple(row[place] for place in places) for row in table.rows]

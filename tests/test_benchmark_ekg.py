@@ -14,8 +14,9 @@ from torch import fx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import ekg, ekg_rival, ekg_tables, ekg_tiny  # noqa: E402
-from benchmarks.ekg_rows import Facts, Figures, Record, Row, Settings, Variant, searched_s  # noqa: E402
+from benchmarks import ekg, ekg_rival, ekg_rows, ekg_tables, ekg_tiny, runs, runs_tables  # noqa: E402
+from benchmarks.ekg_rows import Settings, Variant, searched_s  # noqa: E402
+from benchmarks.runs import Facts, Figures, Record, Row  # noqa: E402
 from optpipe import graph, store  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
 from optpipe.errors import UsageError  # noqa: E402
@@ -30,7 +31,7 @@ def call(tmp_path: Path, *words: str) -> list[str]:
     return [*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
 
 
-def jobs(tmp_path: Path, *words: str) -> list[ekg.Job]:
+def jobs(tmp_path: Path, *words: str) -> list[ekg_rows.Job]:
     arguments = ekg.parse(call(tmp_path, *words))
     return list(ekg.jobs_of(arguments, ekg.base_recipe(arguments)))
 
@@ -51,7 +52,7 @@ def variant(name: str) -> Variant:
     return Variant(name, name, "none", "none")
 
 
-def rows(top1s: dict[str, list[float]]) -> list[Row]:
+def rows(top1s: dict[str, list[float]]) -> list[ekg_rows.Row]:
     return [
         Row(variant(name), seed, figures(top1))
         for name, values in top1s.items()
@@ -59,12 +60,12 @@ def rows(top1s: dict[str, list[float]]) -> list[Row]:
     ]
 
 
-def record(table: str, made: list[Row]) -> Record:
+def record(table: str, made: list[ekg_rows.Row]) -> ekg_rows.Record:
     settings = Settings(table, "resnet56", ("budget.macs_reduction=0.47",), 4.0, 300, (), "Linux")
     return Record(settings, "2026-11-21", FACTS, tuple(made))
 
 
-def overrides(job: ekg.Job) -> dict[str, str]:
+def overrides(job: ekg_rows.Job) -> dict[str, str]:
     given = [word for before, word in zip(job.command, job.command[1:], strict=False) if before == "--set"]
     return dict(word.split("=", 1) for word in given)
 
@@ -149,12 +150,12 @@ def test_a_row_shows_what_the_report_holds(report: schema.Report) -> None:
     assert found.widths == (("layer1.0.conv1", 3),)
 
 
-def fake(folder: Path, code: int, said: str = "", report: schema.Report | None = None) -> ekg.Job:
+def fake(folder: Path, code: int, said: str = "", report: schema.Report | None = None) -> ekg_rows.Job:
     """A job whose command prints and ends as told; its report is there already."""
     if report is not None:
         build.write(folder, report)
     script = f"import sys; print({said!r}, file=sys.stderr); sys.exit({code})"
-    return ekg.Job(variant("l1"), 0, folder, (sys.executable, "-c", script))
+    return runs.Job(variant("l1"), 0, folder, (sys.executable, "-c", script))
 
 
 def test_a_run_that_fails_is_a_row_that_says_why(tmp_path: Path, report: schema.Report) -> None:
@@ -169,9 +170,9 @@ def test_a_run_that_fails_is_a_row_that_says_why(tmp_path: Path, report: schema.
 
 
 def test_a_long_reason_is_cut() -> None:
-    assert ekg.reason("Error: " + "x" * 999 + "y", 4) == f"{'x' * 150} ... {'x' * 149}y"
-    assert ekg.reason("Killed", -9) == "Killed"
-    assert ekg.reason("", -9) == "exit code -9"
+    assert runs.reason("Error: " + "x" * 999 + "y", 4) == f"{'x' * 150} ... {'x' * 149}y"
+    assert runs.reason("Killed", -9) == "Killed"
+    assert runs.reason("", -9) == "exit code -9"
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -190,11 +191,11 @@ def test_rows_that_are_there_are_not_made_again(
     outcomes = iter([False, True, True])
     ran: list[str] = []
 
-    def run(job: ekg.Job, workers: int = 1) -> tuple[Row, Facts | None]:
+    def run(job: ekg_rows.Job, workers: int = 1) -> tuple[ekg_rows.Row, Facts | None]:
         ran.append(f"{job.variant.name} {job.seed}")
         if not next(outcomes):
             return Row(job.variant, job.seed, None, "no budget"), None
-        return Row(job.variant, job.seed, ekg.figures_of(report)), ekg.facts_of(report)
+        return Row(job.variant, job.seed, ekg.figures_of(report)), runs.facts_of(report)
 
     monkeypatch.setattr(ekg, "run", run)
     asked = [*call(tmp_path, "macs"), "--only", "l1", "fpgm", "--seeds", "0"]
@@ -202,7 +203,7 @@ def test_rows_that_are_there_are_not_made_again(
     assert ran == ["l1 0", "fpgm 0"]
     ekg.main(asked)  # the one that failed is tried again
     assert ran == ["l1 0", "fpgm 0", "l1 0"]
-    kept = store.from_json(Record, (tmp_path / "ekg_macs.json").read_bytes())
+    kept = store.from_json(ekg_rows.Record, (tmp_path / "ekg_macs.json").read_bytes())
     assert [row.variant.name for row in kept.rows] == ["fpgm", "l1"]
     assert "no budget" not in (tmp_path / "ekg_macs.md").read_text(encoding="utf-8")
 
@@ -217,16 +218,16 @@ def test_seconds_are_compared_within_one_sitting(tmp_path: Path) -> None:
 
 def test_the_first_is_named_with_its_lead_and_whether_the_spread_hides_it() -> None:
     made = rows({"l1": [92.0, 92.2, 92.4], "ekg-ensemble-none": [93.0, 93.2, 93.4]})
-    said = ekg_tables.who_is_first(made, ekg_tables.SCORERS)
+    said = runs_tables.who_is_first(made, ekg_tables.SCORERS)
     assert said == (
         "`ekg-ensemble-none` 93.20 ± 0.20 is first, 1.00 points before `l1` 92.20 ± 0.20; mean ± sd do not "
         "overlap; ahead at 3 of 3 equal seeds."
     )
     close = rows({"l1": [92.0, 93.6], "ekg-ensemble-none": [93.0, 92.2]})
-    said = ekg_tables.who_is_first(close, ekg_tables.SCORERS)
+    said = runs_tables.who_is_first(close, ekg_tables.SCORERS)
     assert said.startswith("`l1` 92.80 ± 1.13 is first, 0.20 points before")
     assert said.endswith("mean ± sd overlap; ahead at 1 of 2 equal seeds.")
-    level = ekg_tables.who_is_first(rows({"l1": [92.0], "gbn": [92.0]}), ekg_tables.SCORERS)
+    level = runs_tables.who_is_first(rows({"l1": [92.0], "gbn": [92.0]}), ekg_tables.SCORERS)
     assert "are level; with a single seed there is no spread" in level
 
 
