@@ -44,6 +44,10 @@ class Workbench:
         """The same for another precision."""
         return replace(self, target=replace(self.target, precision=wanted))
 
+    def sized(self, input_shape: tuple[int, int, int], images: Images) -> Workbench:
+        """The same for images of another size, (C, H, W)."""
+        return replace(self, target=replace(self.target, input_shape=input_shape), images=images)
+
 
 @dataclass(frozen=True, slots=True)
 class Built:

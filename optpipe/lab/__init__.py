@@ -1,0 +1,13 @@
+"""Answers a search's requests: applies the plan, tunes, exports, builds an engine, times it, stores it.
+
+A search is driven by :func:`drive`; run again after a kill, it is replayed against the stored answers and
+goes on where it was.
+"""
+
+from optpipe.lab.answers import Lab
+from optpipe.lab.names import plan_name
+from optpipe.lab.nesting import further
+from optpipe.lab.replay import drive
+from optpipe.lab.subject import Clock, Resolutions, Subject, refuse_mimicry
+
+__all__ = ["Clock", "Lab", "Resolutions", "Subject", "drive", "further", "plan_name", "refuse_mimicry"]

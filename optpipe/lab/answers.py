@@ -1,0 +1,284 @@
+"""The laboratory: one answer to each request, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optpipe import building, data, graph, quality, store, timing, tune
+from optpipe.errors import RunError, UsageError
+from optpipe.lab.engines import Engines
+from optpipe.lab.names import plan_name
+from optpipe.lab.nesting import further
+from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_mimicry
+from optpipe.types import (
+    Answer,
+    Ask,
+    Emit,
+    EngineCount,
+    Event,
+    Plan,
+    Quality,
+    Request,
+    Step,
+    StepResult,
+    Train,
+    Trained,
+    Trial,
+)
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """What trial.json holds; the latency is stored with the engine, which other trials may share."""
+
+    ask: Ask
+    parameters: int
+    macs: int
+    quality: Quality | None
+    distance: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRecord:
+    """What trained.json holds: the quality of the weights beside it, as long as they have that sha256."""
+
+    weights_sha256: str
+    quality: Quality
+
+
+class Lab:
+    """One run's laboratory: keeps the baseline's engine open and answers requests one by one.
+
+    Latencies are those of the whole chain: export, engine, paired timing against the baseline. They depend
+    on structure and target alone, so trials of equal structure share one engine. What a search may learn
+    about accuracy comes from calibration images, at the resolution of each plan; evaluation images never
+    get here.
+    """
+
+    def __init__(
+        self,
+        run: store.Run,
+        subject: Subject,
+        bench: building.Workbench,
+        clock: Clock,
+        epoch: int,
+        emit: Emit,
+        *,
+        checkpoint_every: int = 50,
+    ) -> None:
+        """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused.
+
+        ``checkpoint_every`` is how many steps a candidate trains between two checkpoints.
+        """
+        self._run = run
+        self._subject = subject
+        self._shape = bench.target.input_shape
+        self._device = tune.training_device(bench.target.device)
+        self._emit = emit
+        self._checkpoint_every = checkpoint_every
+        self._resolutions = Resolutions(subject.calibration)
+        self._engines = Engines(run, subject, self._resolutions, bench, clock, epoch, emit)
+
+    def close(self) -> None:
+        """Release the baseline's engine."""
+        self._engines.close()
+
+    @property
+    def engines(self) -> EngineCount:
+        """Where the latencies answered so far came from; the same after a replay."""
+        return self._engines.count
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers in the order of the requests, from the store where they are there."""
+        answers: list[Answer] = []
+        for number, request in enumerate(requests, start=1):
+            watch = timing.Stopwatch()
+            if isinstance(request, Step):
+                answer, origin = self._step(request)
+                name = request.name
+            elif isinstance(request, Train):
+                answer, origin = self._train(request)
+                name = f"trained {plan_name(request.plan)}"
+            else:
+                answer, origin = self._trial(request)
+                name = plan_name(request.plan)
+            answers.append(answer)
+            key = (("key", answer.key),)
+            self._emit(Event("trial", name, origin, number, len(requests), watch.seconds, key))
+        return answers
+
+    # ------------------------------------------------------------ steps
+
+    def _step(self, step: Step) -> tuple[Answer, Origin]:
+        key = self._key("step", step.name, step.depends)
+        stored = self._run.answer("trials", key, "step.json", StepResult)
+        if stored is not None:
+            return stored[0], "cached" if stored[1] else "reused"
+        watch = timing.Stopwatch()
+        values = step.function()
+        tune.release(self._device)
+        result = StepResult(key, step.name, values, watch.seconds)
+        self._run.store_answer("trials", key, "step.json", result)
+        return result, "computed"
+
+    def _key(self, kind: str, *depends: object) -> str:
+        subject = self._subject
+        return store.digest(
+            KEY_VERSION, kind, subject.model_digest, subject.calibration.digest, subject.seed, *depends
+        )
+
+    # ------------------------------------------------------------ trainings
+
+    def _train(self, request: Train) -> tuple[Answer, Origin]:
+        """A trained candidate; its weights stay with the run, for whoever goes on from them."""
+        request = replace(request, tune=tune.on_this_machine(request.tune, self._device))
+        key = self._key("train", request, self._device)
+        watch = timing.Stopwatch()
+        path = self._run.weights(key)
+        origin: Origin = "reused" if path.exists() else "computed"
+        if origin == "reused":
+            candidate = graph.apply(self._subject.original, request.plan, self._shape)
+            store.load_tensors(candidate, path)
+        else:
+            candidate = self._begin(request)
+            self._carry_out(request, candidate, path)
+        digest = store.file_sha256(path)
+        measured = self._scored(request, key, candidate, digest)
+        return Trained(key, candidate, digest, measured, watch.seconds), origin
+
+    def _begin(self, request: Train) -> fx.GraphModule:
+        """The request's candidate before its training."""
+        original, start = self._subject.original, request.start
+        if start is None:
+            return graph.apply(original, request.plan, self._shape)
+        left = further(start.plan, request.plan)
+        begun = graph.apply(original, start.plan, self._shape)
+        path = self._run.weights(start.key)
+        if not path.exists():
+            raise RunError(
+                f"{path}: the weights that a training goes on from are gone; start anew with --fresh"
+            )
+        store.load_tensors(begun, path)
+        return graph.apply(begun, left, self._shape)
+
+    def _carry_out(self, request: Train, candidate: fx.GraphModule, path: Path) -> None:
+        """Train the candidate in place and store its weights."""
+        if request.tune.loss == "mimic":
+            refuse_mimicry(request.plan, self._shape)
+        images = self._resolutions.images(request.plan)
+        if request.images is not None:
+            images = data.part(images, request.images)
+        checkpoint = path.with_name("checkpoint.safetensors")
+        tune.train(
+            candidate,
+            self._subject.original,
+            images,
+            request.tune,
+            seed=self._subject.seed,
+            checkpoint=store.DiskCheckpoint(checkpoint, self._checkpoint_every),
+            emit=self._emit,
+            device=self._device,
+        )
+        store.save_tensors(path, candidate.state_dict())
+        checkpoint.unlink(missing_ok=True)
+        tune.release(self._device)
+
+    def _scored(self, request: Train, key: str, network: fx.GraphModule, digest: str) -> Quality | None:
+        """The network's quality where it is wanted, from trained.json where that is of its weights."""
+        if request.score is None:
+            return None
+        stored = self._run.answer("trials", key, "trained.json", TrainedRecord)
+        if stored is not None and stored[0].weights_sha256 == digest:
+            return stored[0].quality
+        measured = self._quality(network, request.plan, request.score)
+        self._run.store_answer("trials", key, "trained.json", TrainedRecord(digest, measured))
+        return measured
+
+    def _quality(self, network: fx.GraphModule, plan: Plan, indices: Sequence[int] | None = None) -> Quality:
+        """How well a plan's network does on calibration images of its size: all, or those at ``indices``."""
+        images, originals = self._resolutions.images(plan), self._subject.calibration
+        if indices is not None:
+            images, originals = data.part(images, indices), data.part(originals, indices)
+        own = tune.logits(network, images, self._device).numpy()
+        if images.labels is not None:
+            # What the original says is asked for only where there are no labels.
+            return quality.score(own, images.labels.numpy(), own, "calibration")
+        reference = tune.logits(self._subject.original, originals, self._device).numpy()
+        return quality.agreement(own, reference, "calibration")
+
+    # ------------------------------------------------------------ trials
+
+    def _trial(self, ask: Ask) -> tuple[Answer, Origin]:
+        # Training on another device rounds otherwise.
+        key = self._key("trial", ask, self._device)
+        origin: Origin = "reused"
+        stored = self._run.answer("trials", key, "trial.json", TrialRecord)
+        if stored is None:
+            record, origin = self._examine(key, ask), "computed"
+            self._run.store_answer("trials", key, "trial.json", record)
+        else:
+            record = stored[0]
+            origin = "cached" if stored[1] else "reused"
+        latency = None
+        if "latency" in ask.wants:
+            latency, timed = self._engines.latency(ask.plan)
+            origin = timed if timed == "computed" else origin
+        trial = Trial(
+            key, ask, record.parameters, record.macs, latency, record.quality, record.distance, record.seconds
+        )
+        return trial, origin
+
+    def _examine(self, key: str, ask: Ask) -> TrialRecord:
+        """All that a trial can say without an engine: its size, and after tuning, its errors."""
+        subject = self._subject
+        self._refuse_other_size(ask)
+        watch = timing.Stopwatch()
+        candidate = graph.apply(subject.original, ask.plan, self._shape)
+        parameters, macs = graph.count(candidate, self._resolutions.shape(ask.plan))
+        if ask.tune is not None:
+            candidate = self._tuned(candidate, ask, self._run.trial_folder(key))
+        distance = None
+        if "distance" in ask.wants:
+            distance = tune.distance(candidate, subject.original, subject.calibration, self._device)
+        measured = self._quality(candidate, ask.plan) if "quality" in ask.wants else None
+        return TrialRecord(ask, parameters, macs, measured, distance, watch.seconds)
+
+    def _refuse_other_size(self, ask: Ask) -> None:
+        """UsageError where features are to be compared with the original's, and are of another size."""
+        if ask.tune is not None and ask.tune.loss == "mimic":
+            refuse_mimicry(ask.plan, self._shape)
+        shape = self._resolutions.shape(ask.plan)
+        if "distance" in ask.wants and shape != self._shape:
+            raise UsageError(
+                f"{plan_name(ask.plan)}: features of images of {shape[1]}x{shape[2]} have no distance to the "
+                f"original's, which takes {self._shape[1]}x{self._shape[2]}; ask for quality"
+            )
+
+    def _tuned(self, candidate: fx.GraphModule, ask: Ask, folder: Path) -> fx.GraphModule:
+        assert ask.tune is not None
+        subject = self._subject
+        adapted = ask.tune.trainable == "adaptors"
+        if adapted:
+            candidate = graph.with_adaptors(subject.original, ask.plan, self._shape)
+            if not graph.adaptors(candidate):
+                return candidate
+        tune.train(
+            candidate,
+            subject.original,
+            self._resolutions.images(ask.plan),
+            ask.tune,
+            seed=subject.seed,
+            emit=self._emit,
+            device=self._device,
+        )
+        if adapted:
+            candidate = graph.fold(candidate)
+        store.save_tensors(folder / store.WEIGHTS, candidate.state_dict())
+        return candidate
