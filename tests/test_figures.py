@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from optpipe.report.figures import Point, scatter_svg, surface_svg
+from optpipe.report.figures import Point, figure_svg, scatter_svg, surface_svg
+from optpipe.types import Curve, Figure, Surface
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -33,6 +34,18 @@ def bowl(middle: float = 0.0) -> Grid:
 
 def dots(count: int = 5) -> list[Point]:
     return [Point(0.1 + 0.1 * i, float(i % 3), "L1" if i % 2 else "random") for i in range(count)]
+
+
+def fitted(middle: float | None = 1.0) -> Figure:
+    """A fitted curve with its points and the optimum, over a surface."""
+    curves = (
+        Curve("depth", (0.4, 0.7, 1.0), (0.5, 0.8, 0.9)),
+        Curve("depth", (0.4, 1.0), (0.52, 0.88), "dots"),
+        Curve("optimum", (0.6,), (0.7,), "dots"),
+    )
+    rows = ((0.0, 1.0, 2.0), (1.0, middle, 3.0), (2.0, 3.0, 4.0))
+    surface = Surface((0.4, 0.7, 1.0), (0.4, 0.7, 1.0), rows, "latency, ms")
+    return Figure("accuracy & latency", "width w", "depth d", curves, surface)
 
 
 def words(svg: str) -> str:
@@ -57,6 +70,80 @@ def test_a_scatter_has_its_labels_groups_and_note() -> None:
     for word in ("Fig. 2", "r = 0.50", "validation loss", "potential loss", "L1", "random"):
         assert word in words(svg)
     assert "off the axes" not in words(svg)
+
+
+def test_a_figure_has_its_labels_its_legend_and_a_colour_bar() -> None:
+    svg = figure_svg(fitted())
+    title = ElementTree.fromstring(svg).find(f"{SVG}title")
+    assert title is not None and title.text == "accuracy & latency"
+    for word in ("accuracy & latency", "width w", "depth d", "latency, ms", "optimum"):
+        assert word in words(svg).splitlines()
+
+
+def drawn_in(svg: str, gid: str) -> str:
+    """The SVG of one curve."""
+    root = ElementTree.fromstring(svg)
+    (found,) = [element for element in root.iter(f"{SVG}g") if element.get("id") == gid]
+    return ElementTree.tostring(found, encoding="unicode")
+
+
+def test_curves_of_one_name_share_a_colour_and_a_line_in_the_legend() -> None:
+    svg = figure_svg(fitted())
+    assert words(svg).splitlines().count("depth") == 1
+    assert "#0072b2" in drawn_in(svg, "line0") and "#0072b2" in drawn_in(svg, "points1")
+    assert "#d55e00" in drawn_in(svg, "points2") and "#0072b2" not in drawn_in(svg, "points2")
+    assert dots_of(svg) == [2, 1]
+
+
+def test_names_differ_by_marker_and_by_dashes_too() -> None:
+    lines = tuple(Curve(name, (0.0, 1.0), (0.0, 1.0)) for name in "ab")
+    svg = figure_svg(Figure("t", "x", "y", lines))
+    assert "dasharray" not in drawn_in(svg, "line0") and "dasharray" in drawn_in(svg, "line1")
+
+
+def test_curves_without_a_name_have_no_legend() -> None:
+    def drawn(name: str) -> str:
+        return figure_svg(Figure("t", "x", "y", (Curve(name, (0.0, 1.0), (0.0, 1.0)),)))
+
+    assert 'id="legend' in drawn("depth")
+    assert 'id="legend' not in drawn("")
+
+
+@pytest.mark.parametrize(
+    "name", ["a<b> & 'c' \"d\"", "$5 and $6", r"\$\frac{$", "_hidden", "--> -", "τ(B) 測定", "%s {x}"]
+)
+def test_text_is_shown_as_it_is(name: str) -> None:
+    curves = (Curve(name, (0.0, 1.0), (0.0, 1.0)),)
+    surface = Surface((0.0, 1.0), (0.0, 1.0), ((0.0, 1.0), (1.0, 2.0)), name)
+    svg = figure_svg(Figure(name, name, name, curves, surface))
+    assert words(svg).splitlines().count(name) == 5
+
+
+def test_what_xml_cannot_hold_becomes_a_space() -> None:
+    curves = (Curve("a\x00b\x1bc\ud800d\ne", (0.0, 1.0), (0.0, 1.0)),)
+    svg = figure_svg(Figure("a\x00b", "x\uffff", "y", curves))
+    assert {"a b c d e", "a b", "x "} <= set(words(svg).splitlines())
+
+
+def test_a_long_title_is_broken_into_lines() -> None:
+    lines = words(figure_svg(Figure("accuracy " * 20, "x", "y"))).splitlines()
+    assert max(len(line) for line in lines) <= 60
+    assert "".join(lines).count("accuracy") == 20
+
+
+def test_what_a_surface_does_not_hold_is_left_white() -> None:
+    hole = bowl(math.nan)
+    rows = tuple(tuple(None if math.isnan(value) else value for value in row) for row in hole.values)
+    network = Curve("", (0.0,), (0.0,), "dots")
+    surface = Surface(hole.x, hole.y, rows, "loss")
+    drawn = Figure("t", "gradient direction", "random direction", (network,), surface)
+    assert figure_svg(drawn) == surface_svg(hole, "t") != surface_svg(bowl(), "t")
+    assert figure_svg(fitted(None)) != figure_svg(fitted())
+
+
+def test_a_surface_of_nothing_is_white() -> None:
+    nothing = Surface((0.0, 1.0), (0.0, 1.0), ((None, None), (None, None)), "ms")
+    assert "no latency" in words(figure_svg(Figure("no latency", "x", "y", surface=nothing)))
 
 
 def dots_of(svg: str) -> list[int]:
@@ -99,18 +186,24 @@ def test_limits_are_the_ends_of_the_colour_scale() -> None:
     assert "36" not in words(surface_svg(bowl(), "t")).split()
 
 
+def every() -> tuple[str, ...]:
+    """A figure of each kind."""
+    scatter = scatter_svg(dots(), "t", x_label="x", y_label="y")
+    return surface_svg(bowl(), "t"), scatter, figure_svg(fitted())
+
+
 def test_the_same_numbers_give_the_same_bytes_in_any_style() -> None:
     before = dict(matplotlib.rcParams)
-    first = surface_svg(bowl(), "t"), scatter_svg(dots(), "t", x_label="x", y_label="y")
+    first = every()
     with matplotlib.rc_context({"font.size": 30.0, "lines.linewidth": 9.0}):
-        second = surface_svg(bowl(), "t"), scatter_svg(dots(), "t", x_label="x", y_label="y")
+        second = every()
         assert matplotlib.rcParams["font.size"] == 30.0
     assert first == second
     assert dict(matplotlib.rcParams) == before
 
 
 def test_nothing_outside_the_text_is_needed() -> None:
-    for svg in (surface_svg(bowl(), "t"), scatter_svg(dots(), "t", x_label="x", y_label="y")):
+    for svg in every():
         links = [
             value
             for element in ElementTree.fromstring(svg).iter()

@@ -11,7 +11,18 @@ from conftest import make_latency, make_report
 from optpipe import store
 from optpipe.errors import UsageError
 from optpipe.report import build, markdown, schema
-from optpipe.types import Budget, DeviceState, EngineCount, Latency, Plan, Precision
+from optpipe.types import (
+    Budget,
+    Curve,
+    DeviceState,
+    EngineCount,
+    Figure,
+    Latency,
+    Plan,
+    Precision,
+    Surface,
+    Table,
+)
 
 # ---------------------------------------------------------------- report.json
 
@@ -246,6 +257,89 @@ def test_warnings_and_a_missed_budget_stand_at_the_top() -> None:
     head = markdown.render(make_report(met=False, warnings=("3 images were skipped",))).splitlines()[:5]
     assert head[2] == "Budget **not met**: latency -25.0%."
     assert head[3] == "Warning: 3 images were skipped."
+
+
+# ---------------------------------------------------------------- figures
+
+
+def titled(*titles: str) -> tuple[Figure, ...]:
+    """A figure of each title, with a curve over a surface that has a hole."""
+    surface = Surface((0.5, 1.0), (0.5, 1.0), ((1.0, 2.0), (2.0, None)), "latency, ms")
+    curve = Curve("depth", (0.5, 1.0), (0.5, 0.75))
+    return tuple(Figure(title, "width", "depth", (curve,), surface) for title in titles)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_figures_lie_beside_the_report_and_their_numbers_in_it(report: schema.Report, tmp_path: Path) -> None:
+    whole = replace(report, figures=titled("Accuracy along depth", "Latency: w/r"))
+    build.write(tmp_path, whole)
+    drawn = ["figures/accuracy-along-depth.svg", "figures/latency-w-r.svg"]
+    assert files_in(tmp_path) == [*drawn, "report.json", "report.md"]
+    assert "Latency: w/r" in (tmp_path / drawn[1]).read_text(encoding="utf-8")
+    assert build.read(tmp_path) == whole
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("![")] == [
+        f"![Accuracy along depth]({drawn[0]})",
+        f"![Latency: w/r]({drawn[1]})",
+    ]
+
+
+def test_writing_again_gives_the_same_bytes(report: schema.Report, tmp_path: Path) -> None:
+    whole = replace(report, figures=titled("Accuracy"))
+    build.write(tmp_path, whole)
+    before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
+    build.write(tmp_path, build.read(tmp_path))
+    assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
+
+
+def test_a_figure_stands_below_the_table_of_its_title_or_below_all(report: schema.Report) -> None:
+    tables = (*report.tables, Table("Layers", ("layer",), (("conv1",),)))
+    lines = markdown.render(replace(report, tables=tables, figures=titled("Optimum", "Blocks"))).splitlines()
+    shown = [line for line in lines if line.startswith(("## ", "!["))]
+    assert shown[:5] == [
+        "## Blocks",
+        "![Blocks](figures/blocks.svg)",
+        "## Layers",
+        "## Optimum",
+        "![Optimum](figures/optimum.svg)",
+    ]
+
+
+def test_a_report_from_before_there_were_figures_reads_and_renders_the_same(
+    report: schema.Report, tmp_path: Path
+) -> None:
+    build.write(tmp_path, report)
+    assert files_in(tmp_path) == ["report.json", "report.md"]
+    values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert values.pop("figures") == []
+    (tmp_path / "report.json").write_text(json.dumps(values), encoding="utf-8")
+    assert build.read(tmp_path) == report
+    text = markdown.render(build.read(tmp_path))
+    assert text == (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| a\\|b | 1 | no | τ is not above 0 |\n\n## Conditions\n" in text
+
+
+def test_each_figure_has_a_safe_path_of_its_own() -> None:
+    odd = titled("../../etc/passwd", "τ", "測定", "A b", "a-b", "a b 2", "", "x" * 300)
+    assert markdown.figure_paths(odd) == (
+        "figures/etc-passwd.svg",
+        "figures/figure.svg",
+        "figures/figure-2.svg",
+        "figures/a-b.svg",
+        "figures/a-b-2.svg",
+        "figures/a-b-2-2.svg",
+        "figures/figure-3.svg",
+        f"figures/{'x' * 60}.svg",
+    )
+
+
+def test_a_title_with_brackets_or_lines_stays_one_link(report: schema.Report) -> None:
+    text = markdown.render(replace(report, figures=titled("loss [nats]\nby\\depth")))
+    assert "\n\n## loss [nats] by\\depth\n\n" in text
+    assert "\n![loss \\[nats\\] by\\\\depth](figures/loss-nats-by-depth.svg)\n" in text
 
 
 # ---------------------------------------------------------------- precisions and engines

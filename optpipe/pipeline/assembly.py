@@ -57,6 +57,7 @@ def assemble(
         engines=results.analyze.engines,
         warnings=_warnings(setup, results),
         notes=(setup.selected.note,) if setup.selected.note else (),
+        figures=choice.figures,
     )
 
 

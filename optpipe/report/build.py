@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from optpipe import files, store
 from optpipe.errors import UsageError
-from optpipe.report import markdown, schema
+from optpipe.report import figures, markdown, schema
 from optpipe.types import Budget, Latency, Plan
 
 
@@ -78,8 +78,10 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 
 
 def write(folder: Path, report: schema.Report) -> None:
-    """Write report.json and report.md."""
+    """Write report.json, the figures, and report.md, which shows them."""
     files.write_atomically(folder / "report.json", store.to_json(report))
+    for figure, path in zip(report.figures, markdown.figure_paths(report.figures), strict=True):
+        files.write_atomically(folder / path, figures.figure_svg(figure))
     files.write_atomically(folder / "report.md", markdown.render(report))
 
 

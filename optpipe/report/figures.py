@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +17,17 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from optpipe.types import Curve, Figure, Surface
+
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Page
 
 _LEVELS = 20
+_TITLE_WIDTH = 60
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+_DASHES = ("-", "--", "-.", ":")
 # Readable in print and by the colour-blind: Okabe and Ito's palette, without its yellow.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
@@ -50,6 +57,36 @@ class Point:
     group: str = ""
 
 
+def figure_svg(
+    figure: Figure,
+    *,
+    notes: Sequence[str] = (),
+    limits: tuple[float, float] | None = None,
+    log_x: bool = False,
+) -> str:
+    """A figure: its curves, over the contours of its surface, at least 2 x 2, where it has one.
+
+    Curves of one name share a colour and a line in the legend, which "" has not; names differ by marker and
+    by dashes too. ``notes`` stand below the title. ``limits`` are the values of the surface's darkest and
+    lightest colour, by default its own; values beyond them have the colour of the limit. ``log_x`` spaces x
+    by its logarithm.
+    """
+    with _style():
+        page, axes = _empty()
+        if figure.surface is None:
+            axes.grid(visible=True, linewidth=0.4, alpha=0.5)
+        else:
+            _draw_surface(page, axes, figure.surface, limits)
+        _draw_curves(axes, figure.curves)
+        if log_x:
+            axes.set_xscale("log")
+        title = textwrap.wrap(_plain(figure.title), _TITLE_WIDTH)
+        axes.set_title("\n".join([*title, *map(_plain, notes)]), fontsize="medium")
+        axes.set_xlabel(_plain(figure.x_label))
+        axes.set_ylabel(_plain(figure.y_label))
+        return _text(page, figure.title)
+
+
 def surface_svg(
     surface: Grid,
     title: str,
@@ -59,24 +96,14 @@ def surface_svg(
     value_label: str = "loss",
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """A surface as contours, at least 2 x 2, with a cross at (0, 0), where the network is.
+    """A surface as contours, with a dot at (0, 0), where the network is.
 
-    ``limits`` are the values of the darkest and the lightest colour, so that several surfaces compare; by
-    default the surface's own. Values beyond them have the colour of the limit.
+    With the same ``limits`` several surfaces compare.
     """
-    values = np.ma.masked_invalid(np.array(surface.values, dtype=float))
-    low, high = limits or _range(values)
-    with _style():
-        figure, axes = _empty()
-        levels = np.linspace(low, high, _LEVELS + 1)
-        beyond: Literal["both", "neither"] = "both" if limits else "neither"
-        shown = axes.contourf(surface.x, surface.y, values, levels, cmap="viridis", extend=beyond)
-        axes.contour(surface.x, surface.y, values, levels, colors="black", linewidths=0.3)
-        axes.plot([0], [0], "+", color="white", markersize=10, markeredgewidth=1.5)
-        figure.colorbar(shown, ax=axes, label=value_label)
-        axes.locator_params(nbins=5)
-        _name(axes, title, x_label, y_label)
-        return _text(figure, title)
+    values = tuple(tuple(row) for row in surface.values)
+    drawn = Surface(tuple(surface.x), tuple(surface.y), values, value_label)
+    network = Curve("", (0.0,), (0.0,), "dots")
+    return figure_svg(Figure(title, x_label, y_label, (network,), drawn), limits=limits)
 
 
 def scatter_svg(
@@ -84,35 +111,19 @@ def scatter_svg(
 ) -> str:
     """Points with a frame and a grid; ``note``, the correlation say, stands below the title.
 
-    ``log_x`` spaces x by its logarithm. Points with a value that is not finite are left out, on a
-    logarithmic axis those at 0 or below too, and the note says how many.
+    Points with a value that is not finite are left out, on a logarithmic axis those at 0 or below too, and
+    a further note says how many.
     """
     drawn = [point for point in points if _drawable(point, log_x)]
+    curves = []
+    for group in dict.fromkeys(point.group for point in points):
+        mine = [point for point in drawn if point.group == group]
+        x, y = tuple(point.x for point in mine), tuple(point.y for point in mine)
+        curves.append(Curve(group, x, y, "dots"))
     missing = len(points) - len(drawn)
-    lines = [title, note, f"{missing} of {len(points)} points are off the axes" if missing else ""]
-    with _style():
-        figure, axes = _empty()
-        groups = list(dict.fromkeys(point.group for point in points))
-        for number, group in enumerate(groups):
-            mine = [point for point in drawn if point.group == group]
-            axes.scatter(
-                [point.x for point in mine],
-                [point.y for point in mine],
-                s=28,
-                marker=_MARKERS[number % len(_MARKERS)],
-                color=_COLORS[number % len(_COLORS)],
-                alpha=0.8,
-                linewidths=0,
-                label=group,
-                gid=f"points{number}",
-            )
-        if log_x:
-            axes.set_xscale("log")
-        if any(groups):
-            axes.legend(fontsize="small")
-        axes.grid(visible=True, linewidth=0.4, alpha=0.5)
-        _name(axes, "\n".join(line for line in lines if line), x_label, y_label)
-        return _text(figure, title)
+    notes = [note, f"{missing} of {len(points)} points are off the axes" if missing else ""]
+    figure = Figure(title, x_label, y_label, tuple(curves))
+    return figure_svg(figure, notes=[line for line in notes if line], log_x=log_x)
 
 
 @contextmanager
@@ -120,26 +131,87 @@ def _style() -> Iterator[None]:
     """matplotlib's own defaults, text as text and the same bytes each time; afterwards the user's style."""
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The reader's fonts show the text, whatever is in those it is measured with.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "optpipe"})
         yield
 
 
-def _empty() -> tuple[Figure, Axes]:
+def _empty() -> tuple[Page, Axes]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Page
 
-    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
+    page = Page(figsize=(5.4, 4.4), layout="constrained")
+    FigureCanvasSVG(page)
+    return page, page.add_subplot()
 
 
-def _text(figure: Figure, title: str) -> str:
+def _draw_surface(page: Page, axes: Axes, surface: Surface, limits: tuple[float, float] | None) -> None:
+    values = np.ma.masked_invalid(np.array(surface.values, dtype=float))
+    low, high = limits or _range(values)
+    levels = np.linspace(low, high, _LEVELS + 1)
+    beyond: Literal["both", "neither"] = "both" if limits else "neither"
+    shown = axes.contourf(surface.x, surface.y, values, levels, cmap="viridis", extend=beyond)
+    axes.contour(surface.x, surface.y, values, levels, colors="black", linewidths=0.3)
+    page.colorbar(shown, ax=axes, label=_plain(surface.label))
+    axes.locator_params(nbins=5)
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    named: dict[str, list[Artist]] = {name: [] for name in names if name}
+    for number, curve in enumerate(curves):
+        drawn = _draw_curve(axes, curve, number, names.index(curve.name))
+        if curve.name:
+            named[curve.name].append(drawn)
+    if named:
+        handles = [tuple(artists) for artists in named.values()]
+        axes.legend(handles, [_plain(name) for name in named], fontsize="small")
+
+
+def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
+    """The curve as drawn: edged in white, to stand out from a surface; dots lie above the lines."""
+    from matplotlib.patheffects import withStroke
+
+    color = _COLORS[look % len(_COLORS)]
+    if curve.style == "dots":
+        marker = _MARKERS[look % len(_MARKERS)]
+        return axes.scatter(
+            curve.x,
+            curve.y,
+            s=32,
+            marker=marker,
+            color=color,
+            edgecolors="white",
+            linewidths=0.6,
+            zorder=3,
+            gid=f"points{number}",
+        )
+    edge = [withStroke(linewidth=3, foreground="white")]
+    dashes = _DASHES[look % len(_DASHES)]
+    (line,) = axes.plot(
+        curve.x, curve.y, dashes, color=color, linewidth=1.5, path_effects=edge, gid=f"line{number}"
+    )
+    return line
+
+
+def _plain(text: str) -> str:
+    """Text that is shown as it is, not as a formula where it has dollar signs."""
+    return _printable(text).replace("$", r"\$")
+
+
+def _printable(text: str) -> str:
+    """Text without the characters that XML cannot hold."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _text(page: Page, title: str) -> str:
     """The <svg> element alone, so that it can stand in a page as it is; its <title> is for screen readers."""
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata={"Title": title, **nothing})
+    page.savefig(buffer, format="svg", metadata={"Title": _printable(title), **nothing})
     whole = buffer.getvalue().decode("utf-8")
     return whole[whole.index("<svg") :]
 
@@ -155,9 +227,3 @@ def _range(values: np.ma.MaskedArray[tuple[int, ...], np.dtype[np.float64]]) -> 
     low, high = float(values.min()), float(values.max())
     least = 1e-6 * max(1.0, abs(low))
     return (low, high) if high - low > least else (low - least, high + least)
-
-
-def _name(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)

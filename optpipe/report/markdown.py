@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from optpipe.report.schema import NetworkReport, PrecisionReport, Report
-from optpipe.types import Cell, DeviceState, Latency, Quality, Table
+from optpipe.types import Cell, DeviceState, Figure, Latency, Quality, Table
 
 _BESIDE = ("Enqueue Time", "H2D Latency", "D2H Latency", "Latency")
 """What stands beside a GPU's compute time where it was measured, by trtexec's names."""
@@ -18,7 +21,7 @@ def render(report: Report) -> str:
         _precisions(report),
         f"**Why this plan.** {report.reason}",
         _engines(report),
-        *[_table(table) for table in report.tables],
+        *_tables(report),
         _conditions(report),
         _hashes(report),
     ]
@@ -242,6 +245,35 @@ def _table(table: Table) -> str:
         *[f"| {' | '.join(_cell(cell) for cell in row)} |" for row in table.rows],
     ]
     return "\n".join(lines)
+
+
+def _tables(report: Report) -> list[str]:
+    """The tables, each with the figures of its title; the other figures under titles of their own."""
+    paths = figure_paths(report.figures)
+    shown = [(figure.title, _image(figure, path)) for figure, path in zip(report.figures, paths, strict=True)]
+    sections: list[str] = []
+    for table in report.tables:
+        sections += [_table(table), *[image for title, image in shown if title == table.title]]
+    titles = {table.title for table in report.tables}
+    return sections + [f"## {_one_line(title)}\n\n{image}" for title, image in shown if title not in titles]
+
+
+def figure_paths(figures: Sequence[Figure]) -> tuple[str, ...]:
+    """Where the figures are, seen from the report: each at a path of its own, made from its title."""
+    paths: list[str] = []
+    for figure in figures:
+        name = re.sub("[^a-z0-9]+", "-", figure.title.lower())[:60].strip("-") or "figure"
+        path, number = f"figures/{name}.svg", 1
+        while path in paths:
+            number += 1
+            path = f"figures/{name}-{number}.svg"
+        paths.append(path)
+    return tuple(paths)
+
+
+def _image(figure: Figure, path: str) -> str:
+    title = re.sub(r"([\\\[\]])", r"\\\1", _one_line(figure.title))
+    return f"![{title}]({path})"
 
 
 def _cell(cell: Cell) -> str:

@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optpipe.types import Budget, EngineCount, Latency, Plan, Precision, Quality, Table, Target, Tune
+from optpipe.types import (
+    Budget,
+    EngineCount,
+    Figure,
+    Latency,
+    Plan,
+    Precision,
+    Quality,
+    Table,
+    Target,
+    Tune,
+)
 
 SCHEMA = "optpipe.report/1"
 
@@ -84,7 +95,7 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The whole report."""
+    """The whole report. A figure stands below the table of the same title, else below all tables."""
 
     schema: str
     name: str
@@ -108,3 +119,4 @@ class Report:
     engines: EngineCount | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
