@@ -185,7 +185,10 @@ def figures_of(report: schema.Report, epochs: float) -> Figures:
 
 
 def steps_of_a_round(report: schema.Report, epochs: float) -> int:
-    """Steps that a round of so many epochs took, on the images that are not held out."""
+    """Steps that a round of so many epochs took, on the images that are not held out.
+
+    The method rounds each class's share of them by itself, so that a long round may be off by a step or two.
+    """
     images = round((1 - VALIDATION) * report.data.calibration_count)
     return max(1, math.ceil(epochs * images / min(report.recover.batch, images) - 1e-9))
 

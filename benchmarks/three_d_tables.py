@@ -371,8 +371,8 @@ def costs_section(together: list[Row], what: str) -> list[str]:
         )
     lines += [
         "",
-        "The first network is predicted by the surface that knows none near it but those on the axes and "
-        "between them; each correction's by one that knows those built before.",
+        "The first network is predicted by a surface fitted to networks on the axes and a few between them, each "
+        "correction by one that has those built before it too.",
         "",
         "| surface of seed | networks | fit off by, mean | left out, mean | left out, largest |",
         "|---|---|---|---|---|",
