@@ -27,7 +27,7 @@ def as_json(shown: ModelGraph) -> str:
 
 def as_text(shown: ModelGraph) -> str:
     """The graph as aligned columns."""
-    blocks: list[tuple[str, ...]] = [("block", "input", "output", "parameters", "MACs", "droppable")]
+    blocks: list[tuple[str, ...]] = [("block", "kind", "input", "output", "parameters", "MACs", "droppable")]
     blocks += [_block_row(block) for block in shown.blocks]
     groups: list[tuple[str, ...]] = [
         ("channel group", "layers", "channels", "weight", "parameters", "MACs", "prunable")
@@ -35,14 +35,16 @@ def as_text(shown: ModelGraph) -> str:
     groups += [_group_row(group) for group in shown.groups]
     total = (
         f"input {_shape(shown.input_shape)}, {shown.classes} classes, {shown.parameters:,} parameters, "
-        f"{shown.macs:,} MACs; {len(shown.droppable)} of {len(shown.blocks)} blocks droppable"
+        f"{shown.macs:,} MACs; {len(shown.units)} of {len(shown.blocks)} blocks droppable"
     )
-    return "\n".join([total, "", *_columns(blocks), "", *_columns(groups)]) + "\n"
+    size = ["", f"takes no smaller image: {shown.fixed_size}"] if shown.fixed_size else []
+    return "\n".join([total, "", *_columns(blocks), "", *_columns(groups), *size]) + "\n"
 
 
 def _block_row(block: Block) -> tuple[str, ...]:
     return (
         block.name,
+        block.kind,
         _shape(block.input_shape),
         _shape(block.output_shape),
         f"{block.parameters:,}",

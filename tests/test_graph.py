@@ -106,7 +106,7 @@ def blocks(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Block, ...]:
     return graph.inspect(model, shape).blocks
 
 
-# (model, blocks, droppable, name of the first droppable)
+# (model, units of depth, droppable residual blocks, name of the first of these)
 FOUND = [
     ("resnet18", 8, 5, "layer1.0"),
     ("resnet34", 16, 13, "layer1.0"),
@@ -117,8 +117,8 @@ FOUND = [
     ("efficientnet_b0", 9, 9, "features.2.1"),
     ("regnet_y_400mf", 16, 12, "trunk_output.block2.block2-1"),
     ("convnext_tiny", 18, 18, "features.1.0"),
-    ("vgg11", 0, 0, None),
-    ("densenet121", 0, 0, None),
+    ("vgg11", 4, 0, None),
+    ("densenet121", 58, 0, None),
 ]
 
 

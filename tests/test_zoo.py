@@ -4,13 +4,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from optpipe import graph, zoo
 from optpipe.errors import UsageError
 from optpipe.zoo.cifar_resnet import PadShortcut
 
-NETWORKS = ("resnet20_cifar", "mobilenet_v2_cifar")
+NETWORKS = ("resnet20_cifar", "mobilenet_v2_cifar", "densenet40_cifar", "vgg11_cifar")
 
 
 def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides() -> None:
@@ -30,6 +30,10 @@ def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides()
         ("resnet44_cifar", 658_586),
         ("resnet56_cifar", 853_018),
         ("mobilenet_v2_cifar", 2_236_682),
+        # 16 maps, then three times 12 layers of 12 more: "1.0M" in the paper's Table 2.
+        ("densenet40_cifar", 1_019_722),
+        ("vgg11_cifar", 9_228_362),
+        ("vgg16_cifar", 14_724_042),
     ],
 )
 def test_parameters_are_those_of_the_published_networks(name: str, parameters: int) -> None:
@@ -50,6 +54,26 @@ def test_mobilenet_halves_a_small_image_three_times() -> None:
         x = stage(x)
         heights.append(x.shape[-1])
     assert heights == [32] * 5 + [16] * 3 + [8] * 7 + [4] * 5
+
+
+def test_densenet_has_forty_layers_and_halves_an_image_twice() -> None:
+    model = zoo.build("densenet40_cifar").eval()
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 40
+    traced = graph.trace(model, (3, 32, 32))
+    maps = [node.meta["shape"][1:] for node in traced.graph.nodes if node.target is torch.cat]
+    assert maps == [
+        (first + 12 * layer, size, size)
+        for first, size in ((16, 32), (160, 16), (304, 8))
+        for layer in range(1, 13)
+    ]
+
+
+def test_vgg_gives_the_last_stage_two_pixels_a_side_and_takes_images_of_sixteen() -> None:
+    model = zoo.build("vgg16_cifar").eval()
+    assert len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) == 13
+    assert model.get_submodule("features")(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 2, 2)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
 
 
 def test_mobilenets_blocks_and_channel_groups_are_found() -> None:
@@ -73,7 +97,9 @@ def test_a_symbolic_trace_computes_the_same(name: str) -> None:
     assert torch.equal(fx.symbolic_trace(model)(x), model(x))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [*NETWORKS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[2:])]
+)
 def test_the_exported_network_agrees_with_torch_at_any_batch(name: str, tmp_path: Path) -> None:
     model = zoo.build(name).eval()
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The network as a graph: its blocks and channel groups, and the surgery on them.
+"""The network as a graph: its units of depth and channel groups, and the surgery on them.
 
 Nothing here touches a file, a clock or a global random state, and no function changes its argument.
 """
@@ -9,17 +9,20 @@ from torch import fx, nn
 
 from optpipe.errors import UsageError
 from optpipe.graph.adaptors import adaptors, fold, with_adaptors
-from optpipe.graph.blocks import residuals
 from optpipe.graph.channels import channel_groups
 from optpipe.graph.costs import Costs
 from optpipe.graph.features import split
 from optpipe.graph.gates import Gated
+from optpipe.graph.probes import UnitScore, unit_discrimination
 from optpipe.graph.refit import refit_errors
 from optpipe.graph.rescale import rescale
+from optpipe.graph.resolution import fixed_size, image_shape
+from optpipe.graph.scales import channel_scales, keep_largest, scale_sources
 from optpipe.graph.stages import observe, stage_readers
 from optpipe.graph.structure import structure_key
 from optpipe.graph.surgery import apply
 from optpipe.graph.trace import count, shape, total, trace
+from optpipe.graph.units import depth_units
 from optpipe.graph.width_map import Part, WidthMap, width_map
 from optpipe.types import ModelGraph
 
@@ -27,26 +30,32 @@ __all__ = [
     "Costs",
     "Gated",
     "Part",
+    "UnitScore",
     "WidthMap",
     "adaptors",
     "apply",
+    "channel_scales",
     "count",
     "fold",
+    "image_shape",
     "inspect",
+    "keep_largest",
     "observe",
     "refit_errors",
     "rescale",
+    "scale_sources",
     "split",
     "stage_readers",
     "structure_key",
     "trace",
+    "unit_discrimination",
     "width_map",
     "with_adaptors",
 ]
 
 
 def inspect(model: nn.Module, input_shape: tuple[int, int, int]) -> ModelGraph:
-    """Every residual block and channel group of ``model`` in execution order, with its totals.
+    """Every unit of depth and channel group of ``model`` in execution order, with its totals.
 
     Raises UsageError for a model that cannot be traced or does not return logits (N, classes).
     """
@@ -59,10 +68,11 @@ def inspect(model: nn.Module, input_shape: tuple[int, int, int]) -> ModelGraph:
         )
     parameters, macs = total(traced)
     return ModelGraph(
-        blocks=tuple(residual.block for residual in residuals(traced)),
+        blocks=tuple(unit.block for unit in depth_units(traced)),
         groups=channel_groups(traced, input_shape),
         parameters=parameters,
         macs=macs,
         input_shape=input_shape,
         classes=logits[-1],
+        fixed_size=fixed_size(traced, input_shape),
     )

@@ -1,4 +1,4 @@
-"""The residual blocks of a traced graph, found from its adds and never from names."""
+"""What a unit of depth is, and the residual blocks of a traced graph, found from its adds, not from names."""
 
 from __future__ import annotations
 
@@ -21,6 +21,27 @@ class Residual:
     add: fx.Node
     region: frozenset[fx.Node]
 
+    @property
+    def end(self) -> fx.Node:
+        """The node that yields the stream after the block."""
+        return self.add
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit of depth of any kind and where it lies.
+
+    It reads ``stream``; ``end`` yields the stream after it: the add of a residual block, the concatenation
+    that takes in a dense layer's ``features``, the activation of a plain unit. ``region`` is all that runs
+    for this unit alone. ``features`` is None but for a dense layer.
+    """
+
+    block: Block
+    stream: fx.Node
+    end: fx.Node
+    region: frozenset[fx.Node]
+    features: fx.Node | None = None
+
 
 def residuals(traced: fx.GraphModule) -> list[Residual]:
     """Every residual block in execution order.
@@ -35,7 +56,7 @@ def residuals(traced: fx.GraphModule) -> list[Residual]:
         operands, stream = add_operands(add), immediate[add]
         if operands is None or stream is None or not is_feature_map(stream):
             continue
-        region = _between(stream, add)
+        region = between(stream, add)
         identity = any(past_nothing(traced, operand) is past_nothing(traced, stream) for operand in operands)
         if any(node_macs(traced, node) for node in region):
             found.append((add, stream, region, identity))
@@ -46,9 +67,10 @@ def residuals(traced: fx.GraphModule) -> list[Residual]:
     ]
 
 
-def _between(stream: fx.Node, add: fx.Node) -> frozenset[fx.Node]:
+def between(stream: fx.Node, end: fx.Node) -> frozenset[fx.Node]:
+    """What ``end`` is computed by from ``stream``, both left out."""
     region: set[fx.Node] = set()
-    pending = [add]
+    pending = [end]
     while pending:
         for source in pending.pop().all_input_nodes:
             # A size may be taken from before the stream; what made it is no part of the block.
@@ -68,7 +90,7 @@ def _block(
     identity: bool,
 ) -> Block:
     before, after = (shape(stream) or ())[1:], (shape(add) or ())[1:]
-    leaks = any(_goes_on(user) for node in region for user in node.users if user not in region | {add})
+    leaks = any(goes_on(user) for node in region for user in node.users if user not in region | {add})
     if identity:
         why_not = "a part of its branch is used elsewhere too" if leaks else ""
     elif before != after:
@@ -79,19 +101,19 @@ def _block(
         name=name,
         input_shape=before,
         output_shape=after,
-        parameters=_parameters(traced, region),
+        parameters=parameters_of(traced, region),
         macs=sum(node_macs(traced, node) for node in region),
         droppable=not why_not,
         why_not=why_not,
     )
 
 
-def _goes_on(node: fx.Node) -> bool:
+def goes_on(node: fx.Node) -> bool:
     """Whether a tensor goes on through ``node``: it is no mere size, and something reads it."""
     return is_computed(node) and (node.op == "output" or bool(node.users))
 
 
-def _parameters(traced: fx.GraphModule, region: frozenset[fx.Node]) -> int:
+def parameters_of(traced: fx.GraphModule, region: frozenset[fx.Node]) -> int:
     """Parameters that a region alone uses."""
     users: dict[nn.Parameter, bool] = {}
     for node in traced.graph.nodes:
@@ -116,7 +138,7 @@ def _attribute(traced: fx.GraphModule, target: str) -> object:
 
 def _names(traced: fx.GraphModule, found: list[tuple[fx.Node, frozenset[fx.Node]]]) -> list[str]:
     """A unique name for each: the module that adds, else the one that holds the branch, else the node."""
-    candidates = [(_adding_module(add), _holding_module(traced, region), add.name) for add, region in found]
+    candidates = [(_adding_module(add), holding_module(traced, region), add.name) for add, region in found]
     names = [adding or holding or node for adding, holding, node in candidates]
     for level in (1, 2):
         often = Counter(names)
@@ -132,7 +154,8 @@ def _adding_module(add: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _holding_module(traced: fx.GraphModule, region: frozenset[fx.Node]) -> str:
+def holding_module(traced: fx.GraphModule, region: frozenset[fx.Node]) -> str:
+    """The path of the innermost module that holds all that a region calls; "" where it is the network."""
     paths = [str(node.target).split(".") for node in region if module_of(traced, node) is not None]
     if not paths:
         return ""

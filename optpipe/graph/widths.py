@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,15 +119,19 @@ def touched_by(
     return found
 
 
-def narrow(traced: fx.GraphModule, removed: dict[str, Removed], input_shape: tuple[int, int, int]) -> None:
+def narrow(
+    traced: fx.GraphModule,
+    removed: dict[str, Removed],
+    input_shape: tuple[int, int, int],
+    take_out: Callable[[], None] | None = None,
+) -> None:
     """Cut channels out of the layers of ``traced`` itself that are still there.
 
     One random image is run before, with zero weights for the channels that go, and after. Where the two
     differ, the dependencies were not the network's (a channel shuffle, a softmax over channels), and
-    UsageError says so.
+    UsageError says so. ``take_out`` is called between the two, to take out what makes only such channels.
     """
-    standing = dict(traced.named_modules())
-    cuts = [(path, standing[path], cut) for path, cut in removed.items() if path in standing]
+    cuts = _cuts(traced, removed)
     like = next(traced.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *input_shape, generator=generator).to(like.device, like.dtype)
@@ -135,6 +139,9 @@ def narrow(traced: fx.GraphModule, removed: dict[str, Removed], input_shape: tup
         for path, layer, cut in cuts:
             _silence(path, layer, cut.inputs)
         expected = traced(image)
+        if take_out is not None:
+            take_out()
+            cuts = _cuts(traced, removed)
         for path, layer, cut in cuts:
             _shrink(path, layer, cut)
         problem = ""
@@ -151,6 +158,12 @@ def narrow(traced: fx.GraphModule, removed: dict[str, Removed], input_shape: tup
             f"the network narrowed in {', '.join(path for path, _, _ in cuts[:4])} {problem}; some operation "
             "on its channels is not what torch-pruning takes it for: leave these groups whole"
         )
+
+
+def _cuts(traced: fx.GraphModule, removed: dict[str, Removed]) -> list[tuple[str, nn.Module, Removed]]:
+    """(path, layer, what it loses) of the layers that are still there."""
+    standing = dict(traced.named_modules())
+    return [(path, standing[path], cut) for path, cut in removed.items() if path in standing]
 
 
 def _kept(path: str, width: int, groups: int, gone: set[int]) -> list[list[int]]:
