@@ -80,6 +80,7 @@ def build(
     device: str = "cpu",
     half: bool = False,
     emit: Emit | None = None,
+    resized: Callable[[int], Images] | None = None,
 ) -> MemoryBank:
     """A bank of the logits of ``networks`` on all ``images``, in ``folder`` (EKG, Eq. 10).
 
@@ -87,7 +88,8 @@ def build(
     are, so that a killed build goes on with the teacher that it was at. Each network is made when its turn
     comes and let go after it. Images are not augmented; batch-norm takes batch statistics, as in the
     search: interim networks were never trained, and their running statistics are the original's. ``half``
-    computes in bfloat16.
+    computes in bfloat16. ``resized`` gives the images as the network of that index takes them, where networks
+    take them in different sizes: the same images, in the same order.
 
     Raises:
         UsageError: the images have no labels.
@@ -104,7 +106,8 @@ def build(
     _announce(folder, shape, len(paths), len(missing), emit)
     for number, (path, network) in enumerate(zip(paths, networks, strict=True), start=1):
         if path in missing:
-            _write(path, network(), images, shape, device, half=half)
+            own = images if resized is None else resized(number - 1)
+            _write(path, network(), own, shape, device, half=half)
         if emit is not None:
             emit(Event("progress", "memory bank", path.stem, number, len(paths)))
     return open_bank(folder, len(paths), images, classes=classes)

@@ -52,7 +52,7 @@ def bench(
     """Time ``model``, in turn with ``other`` where one is given; both are ONNX files or runs.
 
     Raises:
-        UsageError: a path is neither, or the two models take different inputs.
+        UsageError: a path is neither, or the two models take images of different channels.
         MissingError: this machine cannot run the target.
     """
     if backend == FASTEST:
@@ -68,7 +68,8 @@ def bench(
             )
             return Benched(_timed(model, target, alone.latency(fingerprint)))
         other_source, other_target = _locate(other, target.batch, target.threads, backend, gpu)
-        if other_target.input_shape != target.input_shape:
+        # Images of another size are another way to do the same; of other channels they are other images.
+        if other_target.input_shape[0] != target.input_shape[0]:
             raise UsageError(
                 f"{other}: takes {other_target.input_shape}, {model} {target.input_shape}: not comparable"
             )

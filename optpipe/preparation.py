@@ -10,7 +10,7 @@ from optpipe import data, graph, models, plugins, selection, tune
 from optpipe import recipe as recipes
 from optpipe.building import Workbench
 from optpipe.errors import UsageError
-from optpipe.types import Backend, Method, ModelGraph, Precision, Target, Tune
+from optpipe.types import Backend, Method, ModelGraph, Plan, Precision, Target, Tune
 
 if TYPE_CHECKING:
     from torch import fx
@@ -64,6 +64,51 @@ class Setup:
     def frozen(self) -> str:
         """The recipe as TOML with every default written out."""
         return self.recipe.frozen(self.config, self.recover)
+
+    def at(self, plan: Plan) -> Resolved:
+        """What a plan's network takes: the original, the recipe's images and its target stay as they are."""
+        return Resolved(self, graph.image_shape(plan, self.target.input_shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A setup at a plan's resolution: what the plan's network takes, with ``shape`` (C, H, W) of an image.
+
+    At the original's own size everything is the setup's; image sets of another size are made anew by each
+    call and held by nobody but the caller. Not JSON-able.
+    """
+
+    setup: Setup
+    shape: tuple[int, int, int]
+
+    @property
+    def target(self) -> Target:
+        """What the plan's engines are built for."""
+        return dataclasses.replace(self.setup.target, input_shape=self.shape)
+
+    @property
+    def preprocess(self) -> data.Preprocess:
+        """How images are prepared for the plan's network."""
+        preprocess = self.setup.recipe.data.preprocess
+        if self.shape == self.setup.target.input_shape:
+            return preprocess
+        return data.at_size(preprocess, self._hw)
+
+    def calibration(self) -> data.ImageSet:
+        """The calibration images at this size."""
+        return data.resized(self.setup.calibration, self._hw)
+
+    def evaluation(self) -> data.ImageSet:
+        """The evaluation images at this size."""
+        return data.resized(self.setup.evaluation, self._hw)
+
+    def bench(self) -> Workbench:
+        """Where the plan's engines are built, with calibration images of its size."""
+        return self.setup.bench.sized(self.shape, self.calibration())
+
+    @property
+    def _hw(self) -> tuple[int, int]:
+        return self.shape[1], self.shape[2]
 
 
 def prepare(recipe: recipes.Recipe) -> Setup:

@@ -127,8 +127,9 @@ class Survey:
 def survey(run: Path, settings: Settings, folder: Path, *, emit: Emit) -> Survey:
     """Condition numbers and loss surfaces of a finished run's networks; written to ``folder``.
 
-    The loss is the cross-entropy on labelled calibration images of the run, drawn by its seed, with
-    batch-norm by the statistics of these images. Each network gets an SVG; colours mean the same in all.
+    The loss is the cross-entropy on labelled calibration images of the run, drawn by its seed, each network's
+    at its own resolution, with batch-norm by the statistics of these images. Each network gets an SVG;
+    colours mean the same in all.
 
     Raises:
         UsageError: no finished run, no labels, or the run's model or images are gone or have changed.
@@ -145,11 +146,13 @@ def survey(run: Path, settings: Settings, folder: Path, *, emit: Emit) -> Survey
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made: {error.strerror}; name another with --out") from None
     device = tune.training_device(opened.recipe.target.device)
-    batch = images.batch(slice(None))
     surveyed: list[Surveyed] = []
     surfaces: list[landscape.Surface] = []
     for name, network in opened.networks.items():
         emit(Event("progress", "landscape", name, len(surveyed), len(opened.networks)))
+        # The original takes them as its run did, the others at the resolution of the run's plan.
+        own = images if name == "original" else data.resized(images, opened.result_hw)
+        batch = own.batch(slice(None))
         one, surface = examine(
             name, network.to(device), batch, images.labels, settings, opened.recipe.run.seed
         )
@@ -267,10 +270,14 @@ def as_text(survey: Survey, folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A finished run's recipe, its calibration images with labels, and its three networks."""
+    """A finished run's recipe, its calibration images with labels, and its three networks.
+
+    ``images`` have the original's size; the pruned network and the result take ``result_hw`` (H, W).
+    """
 
     recipe: recipes.Recipe
     images: data.ImageSet
+    result_hw: tuple[int, int]
     networks: dict[Name, nn.Module]
 
 
@@ -295,7 +302,9 @@ def _open(run: Path) -> _Opened:
         raise UsageError(f"{run}: the original's weights have changed since the run; run the recipe anew")
     pruned = graph.apply(original, saved.plan, shape)
     store.load_tensors(pruned, store.Run(run, None).stage_folder("prune") / store.WEIGHTS)
-    return _Opened(recipe, images, {"original": original, "pruned": pruned, "result": deploy.load(run)})
+    result_hw = graph.image_shape(saved.plan, shape)[1:]
+    networks: dict[Name, nn.Module] = {"original": original, "pruned": pruned, "result": deploy.load(run)}
+    return _Opened(recipe, images, result_hw, networks)
 
 
 def _labelled(run: Path, recipe: recipes.Recipe, home: Path, channels: int) -> data.ImageSet:

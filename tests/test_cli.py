@@ -385,12 +385,26 @@ def test_bench_takes_the_batch_that_a_file_is_fixed_to(optpipe: Call, write_onnx
     assert (code, err) == (2, f"Error: {path}: takes batches of 3 only, not 4\n")
 
 
-def test_bench_refuses_networks_of_different_inputs(optpipe: Call, write_onnx: WriteOnnx) -> None:
+def test_bench_times_networks_of_different_resolutions(optpipe: Call, write_onnx: WriteOnnx) -> None:
     a, b = write_onnx("a.onnx", size=16), write_onnx("b.onnx", size=8)
+    code, out, _ = optpipe("bench", a, "--vs", b, *QUICK, "--json")
+    found = json.loads(out)
+    shapes = [found[name]["target"]["input_shape"] for name in ("model", "other")]
+    assert (code, shapes) == (0, [[3, 16, 16], [3, 8, 8]])
+    assert found["model"]["latency"]["ratio_to_original"] > 0
+
+
+def test_bench_refuses_networks_of_different_channels(optpipe: Call, write_onnx: WriteOnnx) -> None:
+    import onnx
+
+    a, b = write_onnx("a.onnx"), write_onnx("b.onnx")
+    model = onnx.load(b)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+    onnx.save(model, b)
     code, _, err = optpipe("bench", a, "--vs", b, *QUICK)
     assert (code, err) == (
         2,
-        f"Error: {b}: takes (3, 8, 8), {a} (3, 16, 16): not comparable\n",
+        f"Error: {b}: takes (1, 16, 16), {a} (3, 16, 16): not comparable\n",
     )
 
 
@@ -520,7 +534,7 @@ def test_inspect_lists_blocks_and_groups(optpipe: Call, recipe: Path) -> None:
     total, _, head, *lines = out.splitlines()
     assert total.startswith("input 3x16x16, 10 classes, ")
     assert total.endswith(" blocks droppable")
-    assert head.split() == ["block", "input", "output", "parameters", "MACs", "droppable"]
+    assert head.split() == ["block", "kind", "input", "output", "parameters", "MACs", "droppable"]
     assert any(line.startswith("layer1.1 ") and line.endswith(" yes") for line in lines)
     assert any("no: " in line for line in lines)
     assert any(line.startswith("channel group ") for line in lines)

@@ -84,6 +84,21 @@ def test_the_network_comes_back_with_its_weights(run: Path) -> None:
         assert torch.equal(loaded(torch.ones(2, *SHAPE)), expected)
 
 
+def test_images_are_prepared_as_the_manifest_says(run: Path) -> None:
+    import numpy as np
+    import torch
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
+    for path in (run, str(run), run / "deploy"):
+        prepare = optpipe.preprocess(path)
+        assert torch.equal(prepare(pixels[1]), torch.from_numpy(pixels[1]).permute(2, 0, 1) / 255 * 2 - 1)
+        assert torch.equal(prepare(list(pixels))[1], prepare(pixels[1]))
+    with pytest.raises(UsageError, match="images are uint8 arrays"):
+        prepare(pixels[0] / 255)
+    with pytest.raises(UsageError, match="has the run finished"):
+        optpipe.preprocess(run.parent / "nothing")
+
+
 def test_the_manifest_lists_every_file_and_no_leftover(run: Path) -> None:
     manifest = json.loads((run / "deploy" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["schema"] == "optpipe.manifest/2"

@@ -5,21 +5,22 @@ An optimized model is stored as its original architecture's name, a plan and saf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from optpipe import files, store
-from optpipe.data import Preprocess
+from optpipe.data import Pixels, Preprocess, network_input
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
 from optpipe.types import Fingerprint, Plan, Precision, Target
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 RUNNER = "run_engine.py"
@@ -27,7 +28,11 @@ RUNNER = "run_engine.py"
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """plan.json: how to build the optimized network again; ``input_shape`` is (C, H, W)."""
+    """plan.json: how to build the optimized network again.
+
+    ``input_shape`` is (C, H, W) of the original's images, to which the plan is applied; ``preprocess`` is
+    how the optimized network's are prepared, at the plan's resolution.
+    """
 
     model: ModelSpec
     search_folder: str
@@ -129,7 +134,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def load(run: str | Path) -> nn.Module:
     """The optimized network of a finished run, in eval mode with its recovered weights.
 
-    ``run`` is the run's folder or its ``deploy`` folder.
+    ``run`` is the run's folder or its ``deploy`` folder. The network takes images of the plan's resolution,
+    which may be below the original's: :func:`preprocess` prepares them.
 
     Raises:
         UsageError: there is no finished run, or a file is not what the manifest says.
@@ -145,6 +151,20 @@ def load(run: str | Path) -> nn.Module:
     candidate = graph.apply(original, saved.plan, saved.input_shape)
     store.load_tensors(candidate, folder / "model.safetensors")
     return candidate.eval()
+
+
+def preprocess(run: str | Path) -> Callable[[Pixels | Sequence[Pixels]], Tensor]:
+    """A function that prepares images for the network that :func:`load` gives, as the manifest says.
+
+    It takes one uint8 image (H, W, C) and gives float32 (C, h, w), or a sequence of images, or one array
+    (N, H, W, C), and gives (N, C, h, w): resized by the rule of the run's own images and of
+    ``run_engine.py``, scaled and normalised. It raises UsageError for anything else.
+
+    Raises:
+        UsageError: there is no finished run.
+    """
+    _, manifest = open_bundle(Path(run))
+    return partial(network_input, preprocess=manifest.preprocess)
 
 
 def verify(run: Path) -> list[str]:

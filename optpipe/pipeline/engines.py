@@ -12,7 +12,7 @@ from optpipe import building, data, store, timing
 from optpipe.errors import RunError
 from optpipe.preparation import Setup
 from optpipe.results import Ingested
-from optpipe.types import Engine, Latency, Session
+from optpipe.types import Backend, Engine, Latency, Session, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,9 +49,9 @@ def time_beside(setup: Setup, baseline: Session, result: Session) -> timing.Pair
 
 
 @contextmanager
-def session(bench: building.Workbench, engine: Engine) -> Iterator[Session]:
+def session(backend: Backend, target: Target, engine: Engine) -> Iterator[Session]:
     """An open engine, closed at the end."""
-    session = bench.backend.load(engine, bench.target)
+    session = backend.load(engine, target)
     try:
         yield session
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ def bank_of(
 ) -> bank.MemoryBank | None:
     """The memory bank that the choice's recovery asks for, built now unless it is there; None if it does not.
 
-    ``start`` is the network that the choice's plans are applied to.
+    ``start`` is the network that the choice's plans are applied to. Each teacher sees the images at its own
+    plan's resolution, whatever the student's is.
     """
     tuning = choice.recover
     if tuning.loss != "labels" or tuning.teachers == "none":
@@ -33,6 +34,8 @@ def bank_of(
     plans = [Plan()] if tuning.teachers == "single" else spaced(setup, start, choice, emit)
     shape = setup.target.input_shape
     networks = [partial(graph.apply, start, plan, shape) for plan in plans]
+    # One set at a time: they are large, and teachers of one resolution mostly follow each other.
+    at_shape = lru_cache(maxsize=1)(partial(data.resized, setup.calibration))
     half = tune.on_this_machine(tuning, setup.device).autocast == "bf16"
     return bank.build(
         folder,
@@ -42,6 +45,7 @@ def bank_of(
         device=setup.device,
         half=half,
         emit=emit,
+        resized=lambda number: at_shape(graph.image_shape(plans[number], shape)[1:]),
     )
 
 
@@ -62,12 +66,17 @@ def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> l
 
 
 def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> list[float | None]:
-    """The cross-entropy of each network on the first images of the calibration set, by batch statistics."""
+    """The cross-entropy of each network on the first images of the calibration set, by batch statistics.
+
+    Each takes them at its own plan's resolution.
+    """
     images = data.part(setup.calibration, range(min(COMPARED, len(setup.calibration))))
     assert images.labels is not None, "a recovery with labels was refused where there are none"
+    shape = setup.target.input_shape
     found: list[float | None] = []
     for one in interim:
-        network = graph.apply(start, one.plan, setup.target.input_shape)
-        logits = tune.logits(network, images, setup.device, batch_norm="batch")
+        network = graph.apply(start, one.plan, shape)
+        own = data.resized(images, graph.image_shape(one.plan, shape)[1:])
+        logits = tune.logits(network, own, setup.device, batch_norm="batch")
         found.append(float(F.cross_entropy(logits, images.labels)))
     return found

@@ -52,7 +52,11 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         pruned = stages.take("prune", Pruned, lambda: prune(setup, opened, analyzed.choice))
         recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, analyzed.choice, tell))
         exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice, tell))
-        final = stages.take("benchmark", Benchmarked, lambda: benchmark(setup, opened, ingested, exported))
+        final = stages.take(
+            "benchmark",
+            Benchmarked,
+            lambda: benchmark(setup, opened, ingested, analyzed.choice, exported),
+        )
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
         # What is reused may have been measured elsewhere than here.
         measured_on = environment.describe(final.original.fingerprint, device)

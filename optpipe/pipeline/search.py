@@ -11,7 +11,7 @@ import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import RunError
-from optpipe.lab import Clock, Lab, Subject, drive
+from optpipe.lab import Clock, Lab, Subject, drive, refuse_mimicry
 from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
@@ -25,7 +25,7 @@ def ingest(setup: Setup, opened: store.Run) -> Ingested:
     """Export, build, score and time the original."""
     folder = opened.stage_folder("ingest")
     engine = engines.build_original(setup, opened)
-    with engines.session(setup.bench, engine) as session:
+    with engines.session(setup.backend, setup.target, engine) as session:
         onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
         logits = engines.logits(session, setup.evaluation)
         latency = engines.time_alone(setup, session)
@@ -51,7 +51,8 @@ def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit)
     """On resume, time the original again; where it moved too far, begin a new epoch of latencies."""
     if not any((opened.folder / "engines").glob("*/latency.json")):
         return ingested
-    with engines.session(setup.bench, engines.original(setup, opened, ingested)) as session:
+    engine = engines.original(setup, opened, ingested)
+    with engines.session(setup.backend, setup.target, engine) as session:
         now = engines.time_alone(setup, session)
     moved = now.median_ms / ingested.latency.median_ms - 1.0
     limit = setup.recipe.timing.drift
@@ -91,6 +92,8 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
     )
     try:
         choice = drive(setup.method.search(scene, setup.config), lab)
+        if choice.recover.loss == "mimic":
+            refuse_mimicry(choice.plan, setup.target.input_shape)
         return Analyzed(choice, lab.engines, 0.0)
     finally:
         lab.close()
@@ -98,11 +101,11 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
 
 def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     """Apply the chosen plan to the weights that the search chose it for."""
-    shape = setup.target.input_shape
-    candidate = graph.apply(_start(setup, opened, choice), choice.plan, shape)
-    parameters, macs = graph.count(candidate, shape)
+    resolved = setup.at(choice.plan)
+    candidate = graph.apply(_start(setup, opened, choice), choice.plan, setup.target.input_shape)
+    parameters, macs = graph.count(candidate, resolved.shape)
     store.save_tensors(opened.stage_folder("prune") / store.WEIGHTS, candidate.state_dict())
-    logits = tune.logits(candidate, setup.evaluation, setup.device).numpy()
+    logits = tune.logits(candidate, resolved.evaluation(), setup.device).numpy()
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
     )
@@ -110,7 +113,7 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
-    """Train the pruned network as the choice says; goes on from the last checkpoint."""
+    """Train the pruned network as the choice says, at its resolution; goes on from the last checkpoint."""
     folder = opened.stage_folder("recover")
     start, shape = _start(setup, opened, choice), setup.target.input_shape
     candidate = graph.apply(start, choice.plan, shape)
@@ -125,7 +128,7 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     trained = tune.train(
         candidate,
         setup.original,
-        setup.calibration,
+        setup.at(choice.plan).calibration(),
         choice.recover,
         seed=seed,
         checkpoint=store.DiskCheckpoint(

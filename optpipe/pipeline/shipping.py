@@ -41,14 +41,15 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
     shutil.rmtree(folder, ignore_errors=True)
     candidate = graph.apply(setup.original, choice.plan, setup.target.input_shape)
     store.load_tensors(candidate, opened.stage_folder("recover") / store.WEIGHTS)
-    shape, batch = setup.target.input_shape, setup.target.batch
-    exported = building.export(candidate, setup.bench, folder)
+    resolved = setup.at(choice.plan)
+    sized = resolved.bench()
+    exported = building.export(candidate, sized, folder)
     onnx = folder / building.ONNX
     if not onnx.exists():
-        onnx_export.export(candidate, shape, batch, onnx)
+        onnx_export.export(candidate, resolved.shape, sized.target.batch, onnx)
     shipped: list[Shipped] = []
     for wanted in setup.precisions:
-        bench = setup.bench.at(wanted)
+        bench = sized.at(wanted)
         emit(Event("note", "export", f"{bench.target.backend} at {wanted}"))
         try:
             shipped.append(_ship(candidate, bench, exported, opened.folder, emit))
@@ -61,8 +62,8 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         model=dataclasses.replace(setup.recipe.model, weights=None),
         search_folder=str(setup.recipe.folder),
         plan=choice.plan,
-        input_shape=shape,
-        preprocess=setup.recipe.data.preprocess,
+        input_shape=setup.target.input_shape,
+        preprocess=resolved.preprocess,
     )
     described = environment.describe(setup.backend.fingerprint(setup.target), setup.target.device)
     origin = deploy.Origin(
@@ -85,7 +86,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         for one in shipped
         if not one.failed
     ]
-    sha256 = deploy.write_bundle(folder, candidate, saved, setup.target, origin, bundled)
+    sha256 = deploy.write_bundle(folder, candidate, saved, resolved.target, origin, bundled)
     return Exported(tuple(shipped), onnx.stat().st_size, sha256, 0.0)
 
 
@@ -99,7 +100,7 @@ def _ship(
         built = building.build(exported, bench, folder, emit=emit)
     engine = built.engine
     try:
-        with engines.session(bench, engine) as session:
+        with engines.session(bench.backend, bench.target, engine) as session:
             parity = building.parity(candidate, session, bench)
         onnx_export.check_parity(parity)
     except OptpipeError:
@@ -130,20 +131,29 @@ def _ship(
     )
 
 
-def benchmark(setup: Setup, opened: store.Run, ingested: Ingested, exported: Exported) -> Benchmarked:
-    """The original and each shipped engine side by side: latency in turn, and accuracy."""
+def benchmark(
+    setup: Setup, opened: store.Run, ingested: Ingested, choice: Choice, exported: Exported
+) -> Benchmarked:
+    """The original and each shipped engine side by side: latency in turn, and accuracy.
+
+    The original runs at its own resolution, the engines at the chosen plan's.
+    """
     first: Latency | None = None
     scored: list[Scored] = []
     fingerprint = setup.backend.fingerprint(setup.target)
     reference, labels = engines.reference(opened), engines.labels(setup.evaluation)
-    with engines.session(setup.bench, engines.original(setup, opened, ingested)) as baseline:
+    resolved = setup.at(choice.plan)
+    images = resolved.evaluation()
+    original_engine = engines.original(setup, opened, ingested)
+    with engines.session(setup.backend, setup.target, original_engine) as baseline:
         for one in exported.engines:
             if one.failed:
                 continue
             engine = Engine(opened.folder / one.engine, one.engine_sha256, one.build_s)
-            with engines.session(setup.bench.at(one.precision), engine) as result:
+            target = dataclasses.replace(resolved.target, precision=one.precision)
+            with engines.session(setup.backend, target, engine) as result:
                 measured = engines.time_beside(setup, baseline, result)
-                logits = engines.logits(result, setup.evaluation)
+                logits = engines.logits(result, images)
             name = "samples.npy" if first is None else f"samples-{one.precision}.npy"
             path = opened.stage_folder("benchmark") / name
             with files.replacing(path) as temporary, temporary.open("wb") as file:
