@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from optpipe.errors import UsageError
-from optpipe.graph import blocks, trace
+from optpipe.graph import apply, inspect, trace
 from optpipe.graph.probes import UnitScore, unit_discrimination
+from optpipe.types import Plan
+from optpipe.zoo.cifar_densenet import densenet40
 from optpipe.zoo.cifar_resnet import resnet20
+from optpipe.zoo.cifar_vgg import vgg11
 
 SHAPE = (2, 4, 4)
 FIT, SCORE = range(160), range(160, 240)
@@ -224,6 +227,40 @@ def test_a_zeroed_branch_before_a_relu_adds_nothing(resnet: nn.Module, colours: 
         assert (unit.gain == 0) == (unit.name == "layer2.1")
 
 
+def test_plain_units_are_scored(colours: Held) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = vgg11().eval()
+    shape = (3, 32, 32)
+    images = Held(F.interpolate(colours.pixels[:24], shape[1:]), colours.labels)
+    found = unit_discrimination(network, images, range(16), range(16, 24), shape)
+    assert [unit.name for unit in found] == [block.name for block in inspect(network, shape).units]
+    assert found and all(unit.gain != 0 for unit in found)
+
+
+def test_of_the_dense_layers_one_whose_features_are_constant_adds_nothing(colours: Held) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = densenet40().eval()
+    with torch.no_grad():
+        network.get_submodule("block2.3.conv").weight.zero_()  # type: ignore[operator]
+    images = Held(colours.pixels[:48, :, :8, :8], colours.labels)
+    found = unit_discrimination(network, images, range(32), range(32, 48), (3, 8, 8))
+    assert len(found) == 36
+    for unit in found:
+        assert (unit.gain == pytest.approx(0, abs=1e-9)) == (unit.name == "block2.3"), unit
+
+
+def test_the_units_of_a_candidate_keep_their_names(resnet: nn.Module, colours: Held) -> None:
+    shape = (3, 16, 16)
+    arguments = (colours, range(96), range(96, 144), shape)
+    gone = ("layer1.1", "layer3.2")
+    left = unit_discrimination(apply(resnet, Plan(drop_blocks=gone), shape), *arguments)
+    whole = unit_discrimination(resnet, *arguments)
+    assert [unit.name for unit in left] == [unit.name for unit in whole if unit.name not in gone]
+    assert left[0] == whole[0]  # what comes before the first that is gone is as it was
+
+
 def test_images_may_have_another_size_than_the_network_was_traced_at(
     resnet: nn.Module, colours: Held
 ) -> None:
@@ -244,7 +281,7 @@ def test_features_may_be_computed_in_bfloat16(resnet: nn.Module, colours: Held) 
 
 def test_a_network_without_units_has_no_scores(crossed: Held) -> None:
     plain = nn.Sequential(nn.Conv2d(2, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    assert blocks.residuals(trace(plain, SHAPE)) == []
+    assert inspect(plain, SHAPE).units == ()
     assert unit_discrimination(plain, crossed, FIT, SCORE, SHAPE) == ()
 
 

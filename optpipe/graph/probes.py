@@ -17,9 +17,9 @@ from torch import fx, nn
 from torch.fx.node import Argument
 
 from optpipe.errors import UsageError
-from optpipe.graph.blocks import residuals
 from optpipe.graph.flow import past_nothing, relu_ceiling
 from optpipe.graph.trace import module_of, shape, trace
+from optpipe.graph.units import depth_units
 from optpipe.types import Images
 
 # Relative to the power of a standardised feature, which is 1. On a CIFAR-10 ResNet-56 the probes' accuracy
@@ -29,7 +29,7 @@ RIDGE = 3e-2
 CONSTANT = 1e-5
 # The largest feature map of a batch, in elements, and the most images in one.
 BATCH_ELEMENTS = 2**24
-BATCH_IMAGES = 256
+BATCH_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,8 @@ def unit_discrimination(
 ) -> tuple[UnitScore, ...]:
     """The score of every droppable unit of depth in execution order, weights and all as they are now.
 
-    Probes read the globally averaged features at each unit's input and output. They are fitted to the
+    Probes read the globally averaged features at each unit's input and output; the output of a dense layer
+    is all that the next one reads, the features before it too. They are fitted to the
     images ``fit`` and scored on the images ``score``, by index; both have the shape ``input_shape``. Each
     image goes through the network once. Beside one batch, memory holds for each probe of C features a
     (C, C) matrix in double precision, however many images there are. ``autocast`` computes the features in
@@ -87,10 +88,10 @@ def unit_discrimination(
     """
     targets = _targets(images, fit, score).to(device)
     traced = trace(network, input_shape)
-    units = [unit for unit in residuals(traced) if unit.block.droppable]
+    units = [unit for unit in depth_units(traced) if unit.block.droppable]
     if not units:
         return ()
-    ends = [(past_nothing(traced, unit.stream), _handed_on(traced, unit.stream, unit.add)) for unit in units]
+    ends = [(past_nothing(traced, unit.stream), _handed_on(traced, unit.stream, unit.end)) for unit in units]
     nodes = list(dict.fromkeys(node for pair in ends for node in pair))
     run = _Run(_pooling(traced, nodes).to(device), images, targets, _batch(traced), device, autocast)
     sums = [_Sums.of((shape(node) or ())[1], targets.shape[1], device) for node in nodes]
