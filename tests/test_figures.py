@@ -109,9 +109,7 @@ def test_curves_without_a_name_have_no_legend() -> None:
     assert 'id="legend' not in drawn("")
 
 
-@pytest.mark.parametrize(
-    "name", ["a<b> & 'c' \"d\"", "$5 and $6", r"\$\frac{$", "_hidden", "--> -", "τ(B) 測定", "%s {x}"]
-)
+@pytest.mark.parametrize("name", ["a<b> & 'c' \"d\" --> -", "$5 and $6", r"\$\frac{$", "_τ(B) 測定 %s {x}"])
 def test_text_is_shown_as_it_is(name: str) -> None:
     curves = (Curve(name, (0.0, 1.0), (0.0, 1.0)),)
     surface = Surface((0.0, 1.0), (0.0, 1.0), ((0.0, 1.0), (1.0, 2.0)), name)
@@ -182,8 +180,8 @@ def test_a_flat_surface_is_drawn_too(value: float) -> None:
 
 
 def test_limits_are_the_ends_of_the_colour_scale() -> None:
-    assert "36" in words(surface_svg(bowl(), "t", limits=(0.0, 40.0))).split()
-    assert "36" not in words(surface_svg(bowl(), "t")).split()
+    assert "40" in words(surface_svg(bowl(), "t", limits=(0.0, 40.0))).split()
+    assert "40" not in words(surface_svg(bowl(), "t")).split()
 
 
 def every() -> tuple[str, ...]:

@@ -149,13 +149,15 @@ def _empty() -> tuple[Page, Axes]:
 
 
 def _draw_surface(page: Page, axes: Axes, surface: Surface, limits: tuple[float, float] | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     values = np.ma.masked_invalid(np.array(surface.values, dtype=float))
     low, high = limits or _range(values)
     levels = np.linspace(low, high, _LEVELS + 1)
     beyond: Literal["both", "neither"] = "both" if limits else "neither"
     shown = axes.contourf(surface.x, surface.y, values, levels, cmap="viridis", extend=beyond)
     axes.contour(surface.x, surface.y, values, levels, colors="black", linewidths=0.3)
-    page.colorbar(shown, ax=axes, label=_plain(surface.label))
+    page.colorbar(shown, ax=axes, label=_plain(surface.label), ticks=MaxNLocator(8))
     axes.locator_params(nbins=5)
 
 
@@ -172,7 +174,7 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
-    """The curve as drawn: edged in white, to stand out from a surface; dots lie above the lines."""
+    """The curve as drawn: edged in white, to stand out from a surface; dots lie above lines and frame."""
     from matplotlib.patheffects import withStroke
 
     color = _COLORS[look % len(_COLORS)]
@@ -187,6 +189,7 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
             edgecolors="white",
             linewidths=0.6,
             zorder=3,
+            clip_on=False,
             gid=f"points{number}",
         )
     edge = [withStroke(linewidth=3, foreground="white")]
