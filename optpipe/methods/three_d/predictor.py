@@ -1,0 +1,419 @@
+"""The model accuracy predictor: a polynomial in depth, width and resolution of low rank (Eqs 5-7 and 10).
+
+Points are shares (d, w, r) of the original's depth, width and resolution (Eq. 2), arrays (N, 3); accuracies
+are fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.polynomial import Legendre, Polynomial
+from numpy.polynomial.legendre import legvander
+from numpy.polynomial.polynomial import polyder, polyval, polyval3d, polyvander3d
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
+
+from optpipe.errors import RunError
+from optpipe.methods.three_d.config import DIMENSIONS, Dimension
+
+Array = NDArray[np.float64]
+Vector = tuple[float, ...]
+
+DAMPING = 1e-4
+"""Weight of the coefficients' norm in the fit: it chooses among equally good ones, and moves none else."""
+
+ROUGHNESS = 10.0
+"""In that norm a coefficient of degree n counts 1 + ROUGHNESS n^2: of equally good fits, a flat one."""
+
+STARTS = 4
+SWEEPS = 20
+EASING = 0.5
+"""By how much the damping falls from one sweep to the next, from this very value down to DAMPING."""
+
+SAME = 1e-9
+"""Shares that differ by less are one and the same."""
+
+
+class Smooth(Protocol):
+    """A differentiable function of (d, w, r)."""
+
+    def __call__(self, points: ArrayLike) -> Array:
+        """Its values (N,) at points (N, 3)."""
+        ...
+
+    def gradient(self, points: ArrayLike) -> Array:
+        """Its partial derivatives (N, 3) at points (N, 3)."""
+        ...
+
+
+Fitter = Callable[[Array, Array], Callable[[Array], Array]]
+"""What makes a function of points from points (N, 3) and values (N,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """The sum over R ranks of products of one polynomial in each of d, w and r (Eq. 7).
+
+    ``coefficients[q][dimension][i]`` belongs to the i-th power in the q-th product: s, u and v of Eq. 6. The
+    factors of width and of resolution are 1 at 1, where they do not vanish there, so the one of depth bears
+    the accuracy.
+    """
+
+    coefficients: tuple[tuple[Vector, Vector, Vector], ...]
+
+    def __call__(self, points: ArrayLike) -> Array:
+        """Predicted accuracies (N,) at points (N, 3)."""
+        factors = self._factors(points, derivative=0)
+        return np.asarray(factors.prod(axis=1).sum(axis=0))
+
+    def gradient(self, points: ArrayLike) -> Array:
+        """The partial derivatives (N, 3) at points (N, 3)."""
+        factors, slopes = self._factors(points, derivative=0), self._factors(points, derivative=1)
+        columns = []
+        for dimension in range(3):
+            mixed = factors.copy()
+            mixed[:, dimension] = slopes[:, dimension]
+            columns.append(mixed.prod(axis=1).sum(axis=0))
+        return np.stack(columns, axis=1)
+
+    def along(self, dimension: Dimension, x: ArrayLike) -> Array:
+        """Predicted accuracies (N,) at shares (N,) of one dimension, the other two at 1."""
+        return self(on_axis(dimension, x))
+
+    def _factors(self, points: ArrayLike, *, derivative: int) -> Array:
+        """Values (R, 3, N) of the polynomials, or of their derivatives."""
+        rows = np.atleast_2d(np.asarray(points, dtype=np.float64))
+        return np.array(
+            [
+                [polyval(rows[:, index], polyder(own, derivative)) for index, own in enumerate(product)]
+                for product in self.coefficients
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FullPolynomial:
+    """A polynomial of all monomials (Eq. 5): ``coefficients[i][j][k]`` is the one of d^i w^j r^k."""
+
+    coefficients: tuple[tuple[Vector, ...], ...]
+
+    def __call__(self, points: ArrayLike) -> Array:
+        """Predicted accuracies (N,) at points (N, 3)."""
+        return self._value(points, np.array(self.coefficients))
+
+    def gradient(self, points: ArrayLike) -> Array:
+        """The partial derivatives (N, 3) at points (N, 3)."""
+        tensor = np.array(self.coefficients)
+        return np.stack([self._value(points, polyder(tensor, axis=axis)) for axis in range(3)], axis=1)
+
+    def _value(self, points: ArrayLike, tensor: Array) -> Array:
+        rows = np.atleast_2d(np.asarray(points, dtype=np.float64))
+        return np.asarray(polyval3d(rows[:, 0], rows[:, 1], rows[:, 2], tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A regression in the comparison of Table 4: its relative errors as fractions."""
+
+    kind: str
+    degree: int
+    ridge: float
+    train_error: float
+    left_out_error: float
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit(
+    points: ArrayLike,
+    values: ArrayLike,
+    rank: int = 1,
+    degree: int = 3,
+    seed: int = 0,
+    starts: int = STARTS,
+) -> Predictor:
+    """The predictor of least squared error at points (N, 3) with accuracies (N,).
+
+    From each of ``starts`` starts, the first flat and the others drawn from ``seed``: alternating least
+    squares, then Levenberg-Marquardt; the best wins. A dimension of which the points have only m <= degree
+    shares gets a polynomial of degree m - 1, the highest that they tell; one that does not vary has the
+    factor 1, which is no statement about other shares. Where several predictors fit equally well (fewer
+    points than coefficients, a rank too high) it is the one whose coefficients, over Legendre polynomials on
+    the range of the points, have the least norm, high degrees counting more: the flattest.
+
+    Raises RunError where there is no point or a value is not finite.
+    """
+    rows, targets = _checked(points, values)
+    scale = float(np.sqrt(np.mean(targets**2))) or 1.0
+    problem = _problem(rows, targets / scale, rank, degree)
+    rng = np.random.default_rng(seed)
+    best, least = problem.flat(), np.inf
+    for start in range(starts):
+        first = problem.flat() if start == 0 else problem.flat() + 0.3 * rng.standard_normal(problem.size)
+        found = least_squares(
+            problem.residuals,
+            problem.alternate(first),
+            problem.jacobian,
+            method="lm",
+            xtol=1e-9,
+            ftol=1e-10,
+            gtol=1e-12,
+            max_nfev=200,
+        )
+        if found.cost < least * (1 - 1e-9):
+            best, least = np.asarray(found.x), float(found.cost)
+    return problem.predictor(best, scale, degree)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Least squares over the coefficients of all factors, one vector: rank by rank, dimension by dimension.
+
+    ``bases`` are the Legendre polynomials (N, degree + 1) of each dimension at the points, orthonormal over
+    ``domains``.
+    """
+
+    bases: tuple[Array, Array, Array]
+    domains: tuple[tuple[float, float], ...]
+    targets: Array
+    rank: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(basis.shape[1] for basis in self.bases)
+
+    @property
+    def size(self) -> int:
+        return self.rank * sum(self.widths)
+
+    @property
+    def weights(self) -> Array:
+        """Weight of each coefficient in the norm."""
+        return np.concatenate([_roughness(width) for width in self.widths] * self.rank)
+
+    def flat(self) -> Array:
+        """The constant predictor of the values' mean, its parts divided evenly among ranks."""
+        part = np.cbrt(self.targets.mean() / self.rank)
+        return np.concatenate([np.eye(1, width)[0] * part for width in self.widths] * self.rank)
+
+    def slices(self) -> list[list[slice]]:
+        """Where the coefficients of each rank and dimension stand in the vector."""
+        ends = np.cumsum(self.widths * self.rank)
+        all_slices = [slice(int(e - w), int(e)) for e, w in zip(ends, self.widths * self.rank, strict=True)]
+        return [all_slices[3 * q : 3 * q + 3] for q in range(self.rank)]
+
+    def factors(self, theta: Array) -> Array:
+        """Values (R, 3, N) of the factors at the points."""
+        return np.array(
+            [
+                [basis @ theta[own] for basis, own in zip(self.bases, row, strict=True)]
+                for row in self.slices()
+            ]
+        )
+
+    def residuals(self, theta: Array) -> Array:
+        errors = self.factors(theta).prod(axis=1).sum(axis=0) - self.targets
+        return np.concatenate([errors, DAMPING * self.weights * theta])
+
+    def jacobian(self, theta: Array) -> Array:
+        factors = self.factors(theta)
+        columns = [self._columns(factors, q, dim) for q in range(self.rank) for dim in range(3)]
+        return np.concatenate([np.concatenate(columns, axis=1), DAMPING * np.diag(self.weights)])
+
+    def _columns(self, factors: Array, q: int, dimension: int) -> Array:
+        """Derivatives (N, degree + 1) of the values by one factor's coefficients."""
+        others = np.delete(factors[q], dimension, axis=0).prod(axis=0)
+        return np.asarray(others[:, None] * self.bases[dimension])
+
+    def alternate(self, theta: Array) -> Array:
+        """The coefficients after sweeps of linear least squares in one dimension at a time.
+
+        The damping is strong at first and ends at DAMPING: where many predictors fit, that leads to one of
+        little norm. The factors of each product end with equal norms, of all scales the ones of least norm.
+        """
+        theta = theta.copy()
+        for sweep in range(SWEEPS):
+            strength = max(DAMPING, EASING ** (sweep + 1))
+            for dimension in range(3):
+                factors = self.factors(theta)
+                own = [self._columns(factors, q, dimension) for q in range(self.rank)]
+                matrix = np.concatenate(own, axis=1)
+                damping = strength * np.diag(np.tile(_roughness(self.widths[dimension]), self.rank))
+                target = np.concatenate([self.targets, np.zeros(matrix.shape[1])])
+                solved = np.linalg.lstsq(np.concatenate([matrix, damping]), target, rcond=None)[0]
+                for q, part in enumerate(np.split(solved, self.rank)):
+                    theta[self.slices()[q][dimension]] = part
+        return self.balanced(theta)
+
+    def balanced(self, theta: Array) -> Array:
+        """The same predictor with factors of equal norm in each product."""
+        theta = theta.copy()
+        for row in self.slices():
+            norms = [float(np.linalg.norm(self.weights[part] * theta[part])) for part in row]
+            mean = float(np.cbrt(np.prod(norms)))
+            for part, norm in zip(row, norms, strict=True):
+                theta[part] *= mean / norm if norm > 0 else 0.0
+        return theta
+
+    def predictor(self, theta: Array, scale: float, degree: int) -> Predictor:
+        """The same in powers of d, w and r."""
+        products = []
+        for row in self.slices():
+            own = [_powers(theta[part], self.domains[dim], degree) for dim, part in enumerate(row)]
+            for dimension in (1, 2):
+                unit = _unit(own[dimension], self.domains[dimension])
+                own[dimension], own[0] = own[dimension] / unit, own[0] * unit
+            products.append((_vector(own[0] * scale), _vector(own[1]), _vector(own[2])))
+        return Predictor(tuple(products))
+
+
+def _problem(rows: Array, targets: Array, rank: int, degree: int) -> _Problem:
+    bases, domains = [], []
+    for column in rows.T:
+        low, high = float(column.min()), float(column.max())
+        several = distinct(column)
+        own = min(degree, several - 1)
+        # A dimension that does not vary has one basis polynomial, the constant; its domain plays no part.
+        domain = (low, high) if several > 1 else (low - 1.0, low + 1.0)
+        inside = (2 * column - domain[0] - domain[1]) / (domain[1] - domain[0])
+        bases.append(legvander(inside, own) * _norms(own))
+        domains.append(domain)
+    return _Problem((bases[0], bases[1], bases[2]), tuple(domains), targets, rank)
+
+
+def _roughness(width: int) -> Array:
+    return 1 + ROUGHNESS * np.arange(width) ** 2.0
+
+
+def _norms(degree: int) -> Array:
+    """What makes Legendre polynomials orthonormal for the uniform density."""
+    return np.sqrt(2 * np.arange(degree + 1) + 1.0)
+
+
+def _powers(coefficients: Array, domain: tuple[float, float], degree: int) -> Array:
+    """The coefficients of 1, x, ..., x^degree of a polynomial over a domain's Legendre basis."""
+    series = Legendre(coefficients * _norms(len(coefficients) - 1), domain=domain)
+    found = series.convert(kind=Polynomial, domain=[-1, 1]).coef
+    return np.pad(np.asarray(found, dtype=np.float64), (0, degree + 1 - len(found)))
+
+
+def _unit(powers: Array, domain: tuple[float, float]) -> float:
+    """What to divide a factor by: its value at 1, or its largest where it (nearly) vanishes there."""
+    at_one = float(polyval(1.0, powers))
+    values = polyval(np.linspace(*domain, 33), powers)
+    largest = float(values[np.abs(values).argmax()])
+    if abs(at_one) >= 0.1 * abs(largest):
+        return at_one or 1.0
+    return largest
+
+
+def full(points: ArrayLike, values: ArrayLike, degree: int = 3, ridge: float = 0.0) -> FullPolynomial:
+    """The polynomial of all monomials d^i w^j r^k with i, j, k <= degree (Eq. 5) of least squared error.
+
+    Without ``ridge`` it is the one of least norm, of the many that fit few points; else ``ridge`` times the
+    sum of the squared coefficients is added to the sum of squared errors. The constant term is a coefficient
+    like the others (Eq. 5 has it among them), and is penalised like them. A dimension that does not vary has
+    only the power 0, as in :func:`fit`.
+
+    Raises RunError where there is no point or a value is not finite.
+    """
+    rows, targets = _checked(points, values)
+    degrees = [degree if distinct(column) > 1 else 0 for column in rows.T]
+    matrix = polyvander3d(rows[:, 0], rows[:, 1], rows[:, 2], degrees)
+    if ridge > 0:
+        matrix = np.concatenate([matrix, np.sqrt(ridge) * np.eye(matrix.shape[1])])
+        targets = np.concatenate([targets, np.zeros(matrix.shape[1])])
+    solved = np.linalg.lstsq(matrix, targets, rcond=None)[0].reshape([own + 1 for own in degrees])
+    return FullPolynomial(tuple(tuple(_vector(row) for row in plane) for plane in solved))
+
+
+# ---------------------------------------------------------------- judging
+
+
+def left_out(fitter: Fitter, points: ArrayLike, values: ArrayLike) -> Array:
+    """Predictions (N,) for each point by a fit to the others, without any measured at the same place.
+
+    Raises RunError where all points are at one place.
+    """
+    rows, targets = _checked(points, values)
+    predicted = np.empty(len(rows))
+    for index, row in enumerate(rows):
+        others = np.abs(rows - row).max(axis=1) > SAME
+        if not others.any():
+            raise RunError(
+                f"all {len(rows)} points are at {_words(row)}, so none can be left out; collect more rounds"
+            )
+        predicted[index] = fitter(rows[others], targets[others])(row[None])[0]
+    return predicted
+
+
+def relative_error(predicted: ArrayLike, values: ArrayLike) -> float:
+    """The mean of |predicted - value| / value, as a fraction (Table 4); of those values that are not 0."""
+    guesses, truths = np.asarray(predicted, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    some = truths != 0
+    return (
+        float(np.mean(np.abs(guesses[some] - truths[some]) / np.abs(truths[some]))) if some.any() else np.nan
+    )
+
+
+def comparison(
+    points: ArrayLike, values: ArrayLike, rank: int = 1, degree: int = 3, ridge: float = 1e-3
+) -> list[Row]:
+    """How the predictor and full polynomials fit the points, and predict each from the others (Table 4).
+
+    The predictor comes first, then full polynomials of degrees from 1 up, each without and with ridge.
+    """
+    rows = [_row(f"rank {rank}", degree, 0.0, lambda x, y: fit(x, y, rank, degree), points, values)]
+    for own in range(1, degree + 1):
+        for penalty in (0.0, ridge):
+            fitter: Fitter = lambda x, y, own=own, penalty=penalty: full(x, y, own, penalty)  # noqa: E731
+            rows.append(_row("full", own, penalty, fitter, points, values))
+    return rows
+
+
+def _row(kind: str, degree: int, ridge: float, fitter: Fitter, points: ArrayLike, values: ArrayLike) -> Row:
+    rows, targets = _checked(points, values)
+    train = relative_error(fitter(rows, targets)(rows), targets)
+    return Row(kind, degree, ridge, train, relative_error(left_out(fitter, rows, targets), targets))
+
+
+def on_axis(dimension: Dimension, x: ArrayLike) -> Array:
+    """Points (N, 3) with these shares (N,) along one dimension, the other two at 1."""
+    shares = np.atleast_1d(np.asarray(x, dtype=np.float64))
+    points = np.ones((len(shares), 3))
+    points[:, DIMENSIONS.index(dimension)] = shares
+    return points
+
+
+def distinct(shares: Array) -> int:
+    """How many different ones there are among shares (N,)."""
+    return 1 + int((np.diff(np.sort(shares)) > SAME).sum())
+
+
+def _checked(points: ArrayLike, values: ArrayLike) -> tuple[Array, Array]:
+    rows, targets = np.asarray(points, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if rows.size == 0:
+        raise RunError("there is no point to fit to; collect at least one round along one dimension")
+    if rows.ndim != 2 or rows.shape[1] != 3 or targets.shape != rows.shape[:1]:
+        raise ValueError(f"points (N, 3) and values (N,) expected, not {rows.shape} and {targets.shape}")
+    for row, target in zip(rows, targets, strict=True):
+        if not (np.isfinite(target) and np.isfinite(row).all()):
+            raise RunError(
+                f"the value at {_words(row)} is {target}, which nothing can be fitted to; "
+                "see how the training of that network went"
+            )
+    return rows, targets
+
+
+def _words(row: Sequence[float] | Array) -> str:
+    """A point as a message has it."""
+    return ", ".join(f"{name} {share:.3g}" for name, share in zip(DIMENSIONS, row, strict=True))
+
+
+def _vector(values: Array) -> Vector:
+    return tuple(float(value) for value in values)
