@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,7 @@ from optpipe.methods.three_d.cost import fit_cost  # noqa: E402
 from optpipe.methods.three_d.ends import Costed  # noqa: E402
 from optpipe.methods.three_d.meter import Meter, Reading  # noqa: E402
 from optpipe.methods.three_d.optimum import Candidate, Optimum  # noqa: E402
+from optpipe.methods.three_d.predictor import comparison  # noqa: E402
 from optpipe.methods.three_d.settle import Attempt, Settled  # noqa: E402
 from optpipe.methods.three_d.space import Level, Space  # noqa: E402
 from optpipe.report import build, schema  # noqa: E402
@@ -287,6 +289,24 @@ def test_rank_one_is_held_against_the_full_cubic_with_and_without_ridge() -> Non
     )
     assert "| full | 3 | 0 | 5.00 | 2.00 | 3.50 |" in three_d_tables.predictors_section(made)
     assert "not decided" in three_d_tables.rank_against_cubic(rows({"together": [93.0]}))
+
+
+def test_errors_that_differ_by_rounding_are_level_and_the_reason_is_given() -> None:
+    made = rows({"together": [93.0]}, (predictors_table(0.05341, 0.05342, 0.06),))
+    said = three_d_tables.rank_against_cubic(made)
+    assert "without ridge level (5.34% against 5.34%; seed 0 level); with ridge 0.001 true" in said
+    assert said.endswith("only points between the axes could tell the two apart.")
+
+
+def test_on_the_axes_a_product_of_cubics_is_the_full_cubic() -> None:
+    """What the sentence says: fitted without ridge, both leave the same error at points left out."""
+    shares = np.ones((13, 3))
+    for axis in range(3):
+        shares[1 + 4 * axis : 5 + 4 * axis, axis] = [0.9, 0.8, 0.7, 0.6]
+    noise = np.random.default_rng(0).normal(0, 0.01, 13)
+    values = 0.93 * np.prod(1 - 0.3 * (1 - shares) ** 2, axis=1) + noise
+    errors = {(row.kind, row.degree, row.ridge): row.left_out_error for row in comparison(shares, values)}
+    assert errors["rank 1", 3, 0.0] == pytest.approx(errors["full", 3, 0.0], rel=three_d_tables.LEVEL)
 
 
 def test_the_chosen_networks_prediction_is_held_against_both_measurements(
