@@ -98,7 +98,7 @@ def vgg() -> nn.Module:
     ("name", "kind", "count", "first", "last"),
     [
         pytest.param("densenet121", "dense", 58, "features.denseblock1.denselayer1",
-                     "features.denseblock4.denselayer16", id="densenet121"),
+                     "features.denseblock4.denselayer16", marks=pytest.mark.slow),
         ("resnet18", "residual", 8, "layer1.0", "layer4.1"),
         ("efficientnet_b0", "residual", 9, "features.2.1", "features.6.3"),
         ("mobilenet_v2", "residual", 10, "features.3", "features.16"),
@@ -343,6 +343,44 @@ def test_units_of_all_kinds_go_together() -> None:
         expected = part("fc")(F.adaptive_avg_pool2d(last, 2).flatten(1))
         assert torch.allclose(candidate(x), expected, rtol=1e-4, atol=1e-5)
     assert not [block for block in units(candidate, SMALL) if block.droppable]
+
+
+class Nested(nn.Module):
+    """A dense layer in a residual block's branch; a residual block that makes a dense layer's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.back = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(12, 8, 1)
+        self.outer, self.block, self.fc = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.back(F.relu(torch.cat([x, self.inner(x)], 1)))
+        y = self.outer(x)
+        x = torch.cat([x, y + self.block(F.relu(y))], 1)
+        logits: torch.Tensor = self.fc(F.relu(x).mean((2, 3)))
+        return logits
+
+
+def test_a_unit_inside_of_another_goes_with_it() -> None:
+    torch.manual_seed(0)
+    model = Nested().eval()
+    assert [(b.name, b.kind) for b in units(model, SMALL)] == [
+        ("inner", "dense"),
+        ("add", "residual"),
+        ("block", "residual"),
+        ("add_1", "dense"),
+    ]
+
+    def without(*names: str) -> fx.GraphModule:
+        return graph.apply(model, Plan(drop_blocks=names), SMALL)
+
+    assert difference(without("inner", "add"), without("add"), SMALL) == 0
+    assert difference(without("block", "add_1"), without("add_1"), SMALL) == 0
+    assert difference(without("inner"), silenced(model, {"back": range(8, 12)}), SMALL) < 1e-5
+    assert difference(without("add_1"), silenced(model, {"fc": range(8, 12)}), SMALL) < 1e-5
+    both = without("inner", "add", "block", "add_1")
+    assert [name for name, m in both.named_modules() if isinstance(m, nn.Conv2d)] == ["stem"]
 
 
 def test_channels_go_with_dense_layers_and_a_dropped_layers_entry_changes_nothing() -> None:

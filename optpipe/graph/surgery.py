@@ -43,7 +43,8 @@ def apply(model: nn.Module, plan: Plan, input_shape: tuple[int, int, int]) -> fx
         layer = removed.setdefault(path, Removed())
         layer.outputs |= lost.outputs
         layer.inputs |= lost.inputs
-    drop(traced, residual)
+    inside = frozenset[fx.Node]().union(*(unit.region for unit in dense))
+    drop(traced, [unit for unit in residual if unit.end not in inside])  # the others go with a dense layer
     if removed or dense:
         narrow(traced, removed, input_shape, (lambda: _leave(traced, dense)) if dense else None)
     propagate(traced, image)
