@@ -25,18 +25,8 @@ from pathlib import Path
 from benchmarks import runs
 from benchmarks.runs import ROOT, Facts
 from benchmarks.runs_tables import cells
-from benchmarks.three_d_tables import (
-    KEPT,
-    PAPER_EPOCHS,
-    POINTS,
-    Figures,
-    Job,
-    Record,
-    Row,
-    Settings,
-    Variant,
-    markdown,
-)
+from benchmarks.three_d_rows import KEPT, POINTS, Figures, Job, Record, Row, Settings, Variant
+from benchmarks.three_d_tables import PAPER_EPOCHS, markdown
 from optpipe.errors import OptpipeError, RunError, UsageError
 from optpipe.report import build, schema
 

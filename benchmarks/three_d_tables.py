@@ -1,4 +1,4 @@
-"""What ``benchmarks.three_d`` keeps of its runs, and what its tables say of the numbers."""
+"""The Markdown that ``benchmarks.three_d`` makes of its rows, with statements that follow from the numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from benchmarks import runs
 from benchmarks.runs_tables import (
     by_variant,
     cells,
@@ -22,6 +20,7 @@ from benchmarks.runs_tables import (
     unequal_seeds,
     who_is_first,
 )
+from benchmarks.three_d_rows import OPTIMUM, PREDICTORS, SURFACE, Record, Row
 from optpipe.types import Cell
 
 PAPER_EPOCHS = 80
@@ -37,77 +36,6 @@ TOGETHER = "together"
 ALLOWED_OFF = 0.03
 CUBIC = 3
 LEVEL = 2e-3
-
-# Tables of the method's report.
-OPTIMUM = "The optimum, predicted and built"
-POINTS = "Accuracy along each dimension"
-PREDICTORS = "Accuracy predictors"
-SURFACE = "The surface of the "
-KEPT = (OPTIMUM, POINTS, PREDICTORS, SURFACE)
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One line of a table: along which dimensions it prunes."""
-
-    name: str
-    dimensions: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What one run measured, where its network lies, and the steps that it trained for.
-
-    ``trainings`` are those of the search, of ``search_steps`` together.
-    """
-
-    measured: runs.Figures
-    d: float
-    w: float
-    r: float
-    dropped: int
-    size: str
-    trainings: int
-    search_steps: int
-    recover_steps: int
-
-    @property
-    def top1(self) -> float:
-        """Percent."""
-        return self.measured.top1
-
-    @property
-    def steps(self) -> int:
-        """Steps of all trainings."""
-        return self.search_steps + self.recover_steps
-
-    @property
-    def where(self) -> str:
-        """(d, w, r) in words."""
-        return f"{self.d:.3g}, {self.w:.3g}, {self.r:.3g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What must be equal for rows to stand in one table; ``epochs`` of the last fine-tuning of several."""
-
-    table: str
-    network: str
-    budget: str
-    epochs: float
-    overrides: tuple[str, ...]
-    machine: str
-    workers: int = 1
-
-    @property
-    def what(self) -> str:
-        """What the budget counts, as the method's tables call it."""
-        return "latency" if self.table == "latency" else "MACs"
-
-
-Job: TypeAlias = runs.Job[Variant]
-Row: TypeAlias = runs.Row[Variant, Figures]
-Record: TypeAlias = runs.Record[Settings, Variant, Figures]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import runs, three_d, three_d_tables  # noqa: E402
+from benchmarks import runs, three_d, three_d_rows, three_d_tables  # noqa: E402
 from benchmarks.runs import Facts, Record, Row  # noqa: E402
 from benchmarks.runs_tables import of  # noqa: E402
-from benchmarks.three_d_tables import OPTIMUM, POINTS, PREDICTORS, SURFACE, Figures, Settings  # noqa: E402
+from benchmarks.three_d_rows import OPTIMUM, POINTS, PREDICTORS, SURFACE, Figures, Settings  # noqa: E402
 from optpipe import graph, plugins, store, tune  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
 from optpipe.errors import RunError, UsageError  # noqa: E402
@@ -42,12 +42,12 @@ def call(tmp_path: Path, *words: str) -> list[str]:
     return [*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
 
 
-def jobs(tmp_path: Path, *words: str) -> list[three_d_tables.Job]:
+def jobs(tmp_path: Path, *words: str) -> list[three_d_rows.Job]:
     arguments = three_d.parse(call(tmp_path, *words))
     return list(three_d.jobs_of(arguments, runs.base_recipe(arguments.recipe, tmp_path / "base.toml")))
 
 
-def overrides(job: three_d_tables.Job) -> dict[str, str]:
+def overrides(job: three_d_rows.Job) -> dict[str, str]:
     given = [word for before, word in zip(job.command, job.command[1:], strict=False) if before == "--set"]
     return dict(word.split("=", 1) for word in given)
 
@@ -111,7 +111,7 @@ def figures(top1: float, made: tuple[Table, ...] = (), steps: int = 903) -> Figu
     return Figures(measured, 0.778, 0.875, 0.938, 6, "30x30", 0, 0, steps)
 
 
-def rows(top1s: dict[str, list[float]], made: tuple[Table, ...] = ()) -> list[three_d_tables.Row]:
+def rows(top1s: dict[str, list[float]], made: tuple[Table, ...] = ()) -> list[three_d_rows.Row]:
     return [
         Row(VARIANTS[name], seed, figures(top1, made if name == "together" else ()))
         for name, values in top1s.items()
@@ -119,7 +119,7 @@ def rows(top1s: dict[str, list[float]], made: tuple[Table, ...] = ()) -> list[th
     ]
 
 
-def record(made: list[three_d_tables.Row], table: str = "latency") -> three_d_tables.Record:
+def record(made: list[three_d_rows.Row], table: str = "latency") -> three_d_rows.Record:
     settings = Settings(table, "resnet56", three_d.BUDGETS[table], 4.0, (), "Linux")
     return Record(settings, "2026-11-21", FACTS, tuple(made))
 
@@ -217,7 +217,7 @@ def test_rows_that_are_there_are_not_made_again(
     outcomes = iter([False, True, True])
     ran: list[str] = []
 
-    def run(job: three_d_tables.Job, workers: int = 1) -> tuple[three_d_tables.Row, Facts | None]:
+    def run(job: three_d_rows.Job, workers: int = 1) -> tuple[three_d_rows.Row, Facts | None]:
         ran.append(f"{job.variant.name} {job.seed}")
         if not next(outcomes):
             return Row(job.variant, job.seed, None, "no budget"), None
@@ -232,7 +232,7 @@ def test_rows_that_are_there_are_not_made_again(
     assert "- together, seed 0: no budget" in (tmp_path / "three_d_latency.md").read_text(encoding="utf-8")
     three_d.main(asked)  # the one that failed is tried again
     assert ran == ["together 0", "depth 0", "together 0"]
-    kept = store.from_json(three_d_tables.Record, (tmp_path / "three_d_latency.json").read_bytes())
+    kept = store.from_json(three_d_rows.Record, (tmp_path / "three_d_latency.json").read_bytes())
     assert [row.variant.name for row in kept.rows] == ["depth", "together"]
     assert "no budget" not in (tmp_path / "three_d_latency.md").read_text(encoding="utf-8")
     three_d.main([*asked, "--scale", "2", "--dry-run"])
@@ -349,7 +349,7 @@ def test_the_surfaces_errors_are_means_of_magnitudes(method_tables: tuple[Table,
 
 def test_the_whole_has_the_paper_beside_it_and_says_what_failed(method_tables: tuple[Table, ...]) -> None:
     made = rows({"together": [93.0, 93.2], "depth": [92.0, 92.4]}, method_tables)
-    failed: three_d_tables.Row = Row(VARIANTS["width"], 0, None, "no ratio of channels is clearly faster")
+    failed: three_d_rows.Row = Row(VARIANTS["width"], 0, None, "no ratio of channels is clearly faster")
     text = three_d_tables.markdown(record([*made, failed]))
     assert text.startswith("# Three dimensions at equal measured latency, resnet56\n")
     assert "| three dimensions (ours there) | 93.76 | +0.07 | -50% |" in text
