@@ -107,7 +107,7 @@ def fit_cost(points: ArrayLike, ratios: ArrayLike, weights: ArrayLike | None = N
 
 
 def _shares(shape: Array, rows: Array, targets: Array, scales: Array) -> tuple[Array, Array]:
-    """The best shares (4,) for logarithms of powers and floor, and the weighted errors (N,) that they leave."""
+    """The best shares (4,) for logarithms of powers and floor, and the weighted errors (N,) then left."""
     p, q, floor = np.exp(shape)
     matrix = _columns(rows, (p, q), floor) * scales[:, None]
     rest = np.concatenate([np.full((1, 4), ANCHOR), DAMPING * np.eye(4)])

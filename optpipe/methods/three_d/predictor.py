@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +32,7 @@ ROUGHNESS = 10.0
 """In that norm a coefficient of degree n counts 1 + ROUGHNESS n^2: of equally good fits, a flat one."""
 
 STARTS = 4
-SWEEPS = 20
+SWEEPS = 15
 EASING = 0.5
 """By how much the damping falls from one sweep to the next, from this very value down to DAMPING."""
 
@@ -175,13 +177,17 @@ class _Problem:
     """Least squares over the coefficients of all factors, one vector: rank by rank, dimension by dimension.
 
     ``bases`` are the Legendre polynomials (N, degree + 1) of each dimension at the points, orthonormal over
-    ``domains``.
+    ``domains``; ``parts`` are the places of each rank and dimension in the vector.
     """
 
     bases: tuple[Array, Array, Array]
     domains: tuple[tuple[float, float], ...]
     targets: Array
-    rank: int
+    parts: tuple[tuple[slice, ...], ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.parts)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -201,19 +207,10 @@ class _Problem:
         part = np.cbrt(self.targets.mean() / self.rank)
         return np.concatenate([np.eye(1, width)[0] * part for width in self.widths] * self.rank)
 
-    def slices(self) -> list[list[slice]]:
-        """Where the coefficients of each rank and dimension stand in the vector."""
-        ends = np.cumsum(self.widths * self.rank)
-        all_slices = [slice(int(e - w), int(e)) for e, w in zip(ends, self.widths * self.rank, strict=True)]
-        return [all_slices[3 * q : 3 * q + 3] for q in range(self.rank)]
-
     def factors(self, theta: Array) -> Array:
         """Values (R, 3, N) of the factors at the points."""
         return np.array(
-            [
-                [basis @ theta[own] for basis, own in zip(self.bases, row, strict=True)]
-                for row in self.slices()
-            ]
+            [[basis @ theta[own] for basis, own in zip(self.bases, row, strict=True)] for row in self.parts]
         )
 
     def residuals(self, theta: Array) -> Array:
@@ -247,13 +244,13 @@ class _Problem:
                 target = np.concatenate([self.targets, np.zeros(matrix.shape[1])])
                 solved = np.linalg.lstsq(np.concatenate([matrix, damping]), target, rcond=None)[0]
                 for q, part in enumerate(np.split(solved, self.rank)):
-                    theta[self.slices()[q][dimension]] = part
+                    theta[self.parts[q][dimension]] = part
         return self.balanced(theta)
 
     def balanced(self, theta: Array) -> Array:
         """The same predictor with factors of equal norm in each product."""
         theta = theta.copy()
-        for row in self.slices():
+        for row in self.parts:
             norms = [float(np.linalg.norm(self.weights[part] * theta[part])) for part in row]
             mean = float(np.cbrt(np.prod(norms)))
             for part, norm in zip(row, norms, strict=True):
@@ -263,7 +260,7 @@ class _Problem:
     def predictor(self, theta: Array, scale: float, degree: int) -> Predictor:
         """The same in powers of d, w and r."""
         products = []
-        for row in self.slices():
+        for row in self.parts:
             own = [_powers(theta[part], self.domains[dim], degree) for dim, part in enumerate(row)]
             for dimension in (1, 2):
                 unit = _unit(own[dimension], self.domains[dimension])
@@ -283,16 +280,24 @@ def _problem(rows: Array, targets: Array, rank: int, degree: int) -> _Problem:
         inside = (2 * column - domain[0] - domain[1]) / (domain[1] - domain[0])
         bases.append(legvander(inside, own) * _norms(own))
         domains.append(domain)
-    return _Problem((bases[0], bases[1], bases[2]), tuple(domains), targets, rank)
+    widths = [basis.shape[1] for basis in bases]
+    starts = np.cumsum([0, *widths * rank]).tolist()
+    parts = [slice(low, high) for low, high in pairwise(starts)]
+    return _Problem(
+        (bases[0], bases[1], bases[2]),
+        tuple(domains),
+        targets,
+        tuple(tuple(parts[3 * q : 3 * q + 3]) for q in range(rank)),
+    )
 
 
 def _roughness(width: int) -> Array:
-    return 1 + ROUGHNESS * np.arange(width) ** 2.0
+    return np.asarray(1 + ROUGHNESS * np.arange(width, dtype=np.float64) ** 2)
 
 
 def _norms(degree: int) -> Array:
     """What makes Legendre polynomials orthonormal for the uniform density."""
-    return np.sqrt(2 * np.arange(degree + 1) + 1.0)
+    return np.asarray(np.sqrt(2 * np.arange(degree + 1) + 1.0))
 
 
 def _powers(coefficients: Array, domain: tuple[float, float], degree: int) -> Array:
@@ -368,10 +373,10 @@ def comparison(
 
     The predictor comes first, then full polynomials of degrees from 1 up, each without and with ridge.
     """
-    rows = [_row(f"rank {rank}", degree, 0.0, lambda x, y: fit(x, y, rank, degree), points, values)]
+    rows = [_row(f"rank {rank}", degree, 0.0, partial(fit, rank=rank, degree=degree), points, values)]
     for own in range(1, degree + 1):
         for penalty in (0.0, ridge):
-            fitter: Fitter = lambda x, y, own=own, penalty=penalty: full(x, y, own, penalty)  # noqa: E731
+            fitter = partial(full, degree=own, ridge=penalty)
             rows.append(_row("full", own, penalty, fitter, points, values))
     return rows
 
