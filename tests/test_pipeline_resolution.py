@@ -281,7 +281,8 @@ def test_the_network_the_engine_and_the_runner_agree_on_images_of_any_size(ran: 
     order = [int(name.partition("[")[2].rstrip("]")) for name in ran.evaluation.names]
     scored = engine_logits(ran, "model.onnx")
     np.testing.assert_allclose(found[order], scored, rtol=1e-3, atol=1e-4)
-    program = [sys.executable, ran.folder / "deploy" / "run_engine.py", ran.folder.parent / "evaluation.npz"]
+    home = ran.folder.parent
+    program = [sys.executable, str(ran.folder / "deploy" / "run_engine.py"), str(home / "evaluation.npz")]
     done = subprocess.run(
         [*program, "--json", "--duration", "0"], capture_output=True, text=True, check=False
     )
@@ -313,14 +314,15 @@ def test_a_landscape_shows_each_network_images_of_its_own_size(
 ) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def seen(name: survey.Name, network: object, images: torch.Tensor, *others: object) -> None:
+    def seen(name: str, network: object, images: torch.Tensor, *others: object) -> tuple[None, None]:
         shapes[name] = tuple(images.shape)
         if name == "result":
             raise InterruptedError
+        return None, None
 
     with monkeypatch.context() as patch:
         patch.setattr(plugins, "method", lambda name: ran.method)
-        patch.setattr(survey, "examine", lambda *of: (seen(*of), None))
+        patch.setattr(survey, "examine", seen)
         with pytest.raises(InterruptedError):
             survey.survey(ran.folder, survey.Settings(images=1), tmp_path / "landscape", emit=ignore)
     assert shapes == {"original": (10, *WHOLE), "pruned": (10, *REDUCED), "result": (10, *REDUCED)}
