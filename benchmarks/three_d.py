@@ -5,8 +5,8 @@
 
 Each row is an ordinary ``optpipe run`` in a process of its own, seed 0 of all rows first; a run that is done
 is not repeated, one that was stopped goes on, and one that failed is a row that says why. Rows are written as
-they come. ``--scale`` is the number of epochs of the last fine-tuning; each of the 13 rounds that the three
-dimensions are learnt in takes half as many, as the paper's 40 and 80 do (``--paper``). One dimension alone
+they come. ``--scale`` is the number of epochs of the last fine-tuning; each of the 17 trainings that the
+three dimensions are learnt in takes half as many, as the paper's 40 and 80 do (``--paper``). One dimension alone
 learns nothing beforehand: its recovery takes the epochs of those rounds too. Whatever is no default, the
 network or the scale, goes into the names of runs and results, so that no trial run overwrites results.
 """
@@ -41,11 +41,13 @@ VARIANTS = (
 EPOCHS = 4.0
 ROUNDS = 4
 VALIDATION = 0.2
-TRAININGS = 1 + 3 * ROUNDS
+INSIDE = 4
+TRAININGS = 1 + 3 * ROUNDS + INSIDE
 # The total of training steps follows from these; they are set here alone.
 FIXED = (
     "method.dimensions",
     "method.rounds",
+    "method.inside",
     "method.epochs",
     "method.validation",
     "recover.epochs",
@@ -131,6 +133,7 @@ def training(variant: Variant, epochs: float) -> tuple[str, ...]:
     return (
         f"method.dimensions={json.dumps(variant.dimensions)}",
         f"method.rounds={ROUNDS}",
+        "method.inside=true",
         f"method.validation={VALIDATION}",
         f"method.epochs={a_round:g}",
         f"recover.epochs={epochs:g}",
@@ -159,7 +162,7 @@ def figures_of(report: schema.Report, epochs: float) -> Figures:
     if found is None:
         raise RunError(f"{report.name}: its reason does not begin with d, w and r: {report.reason!r}")
     kept = [table for table in report.tables if table.title.startswith(KEPT)]
-    trained = len(cells(kept, POINTS, ("round",)))
+    trained = len(cells(kept, POINTS, ("rounds",)))
     height, width = report.plan.input_hw or report.target.input_shape[1:]
     return Figures(
         measured=runs.figures_of(report, kept),

@@ -70,9 +70,9 @@ def method_tables() -> tuple[Table, ...]:
     for number, level in enumerate(levels()):
         d, w, r = share = space.share(level)
         accuracy = 0.93 * (1 - 0.1 * (1 - d)) * (1 - 0.2 * (1 - w) ** 2) * (1 - 0.3 * (1 - r) ** 3)
-        dimension = None if number == 0 else DIMENSIONS[(number - 1) // 4]
+        along = () if number == 0 else (DIMENSIONS[(number - 1) // 4],)
         quality = Quality("top1", accuracy, (0.9, 0.95), 930, "held out")
-        points.append(Point(dimension, (number - 1) % 4 + 1, level, share, Plan(), quality))
+        points.append(Point(along, (number - 1) % 4 + 1, level, share, Plan(), quality))
         ratio = 0.1 + 0.9 * d * w * r**2
         costed.append(Costed(level, Reading(ratio, ratio - 0.01, ratio + 0.01)))
     meter = Meter("latency", 0.65, 1, 1)
@@ -148,21 +148,21 @@ def test_every_command_binds_to_the_recipe_and_the_method(tmp_path: Path, table:
 
 
 def test_all_configurations_train_for_the_same_number_of_steps(tmp_path: Path) -> None:
-    """4660 images, 3728 of them in the rounds: 13 times 59 steps and 146 against 903 in one recovery."""
+    """4660 images, 3728 of them in the trainings: 17 times 59 steps and 146 against 1136 in one recovery."""
     steps: dict[str, int] = {}
     for job in jobs(tmp_path, "latency", "--seeds", "0"):
         path = next(Path(word) for word in job.command if word.endswith(".toml"))
         loaded = recipes.load(path, [f"{key}={value}" for key, value in overrides(job).items()])
         recover = recipes.recovery(plugins.method("three_d").RECOVER, loaded.recover, path)
         steps[job.variant.name] = tune.with_steps(recover, 4660).steps
-    assert steps == {"together": 146, "depth": 903, "width": 903, "resolution": 903}
-    assert 13 * 59 + 146 - 903 < 13  # each round rounds up
+    assert steps == {"together": 146, "depth": 1136, "width": 1136, "resolution": 1136}
+    assert 17 * 59 + 146 - 1136 < 17  # each training rounds up
 
 
 def test_the_papers_scale_is_40_and_80_epochs(tmp_path: Path) -> None:
     together, depth = (overrides(job) for job in jobs(tmp_path, "macs", "--paper", "--seeds", "0")[:2])
     assert (together["method.epochs"], together["recover.epochs"]) == ("40", "80")
-    assert depth["recover.epochs"] == "496"
+    assert depth["recover.epochs"] == "624"
 
 
 @pytest.mark.parametrize("word", ["method.epochs=1", "recover.epochs=9", "method.rounds = 2"])

@@ -16,6 +16,7 @@ from torch import fx
 from optpipe import graph
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
+from optpipe.lab import nesting
 from optpipe.methods import three_d
 from optpipe.methods.three_d.collect import split
 from optpipe.types import (
@@ -110,8 +111,10 @@ class FakeLab:
 
     def train(self, request: Train) -> Trained:
         key = f"trained {len(self.plans)}"
-        if request.start is not None:
-            assert self.plans[request.start.key] == request.start.plan
+        start = request.start
+        if start is not None:
+            assert self.plans[start.key] == start.plan
+            nesting.further(start.plan, request.plan)
         self.plans[key] = request.plan
         value = accuracy(*share_of(request.plan))
         assert request.score is not None
@@ -190,11 +193,11 @@ def test_the_chosen_network_meets_the_budget_and_is_next_to_the_best_there_is() 
 def test_a_round_trains_every_dimension_in_one_batch_and_goes_on_from_the_last() -> None:
     lab, _ = searched()
     rounds = [batch for batch in lab.batches if isinstance(batch[0], Train)]
-    assert [len(batch) for batch in rounds] == [4, 3, 3, 3]
-    for before, after in itertools.pairwise([cast("list[Train]", batch)[-3:] for batch in rounds]):
+    assert [len(batch) for batch in rounds] == [4, 3, 3, 3, 3, 1]
+    for before, after in itertools.pairwise([cast("list[Train]", batch)[-3:] for batch in rounds[:4]]):
         assert [one.start.plan for one in after if one.start] == [one.plan for one in before]
     assert all(one.start is None for one in cast("list[Train]", rounds[0]))
-    depth, width, size = ([one.plan for one in lab.trainings[first::3]] for first in (1, 2, 3))
+    depth, width, size = ([one.plan for one in lab.trainings[first:13:3]] for first in (1, 2, 3))
     for plans in (depth, width, size):
         assert len(set(plans)) == 4
     for less, more in itertools.pairwise(depth):

@@ -31,12 +31,12 @@ import numpy as np
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
 from optpipe.methods.three_d import ends, figures, importance, predictor, tables
-from optpipe.methods.three_d.collect import Split, collect, split, stops
+from optpipe.methods.three_d.collect import Split, collect, halfway, split, stops
 from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.ends import Axis, Costed
 from optpipe.methods.three_d.meter import Meter, Reading, meter_of
 from optpipe.methods.three_d.settle import settle
-from optpipe.methods.three_d.space import Level, Space, default_step
+from optpipe.methods.three_d.space import Level, Space, combined, default_step
 from optpipe.types import (
     Answer,
     Budget,
@@ -253,8 +253,8 @@ def _alone(axes: Sequence[Axis], open_axes: Sequence[Axis], meter: Meter) -> _Fo
         also = f", and {closed[0]} saves no time here" if closed else ""
         raise RunError(
             f"no network meets the budget: the most that {axis.dimension} alone can do leaves "
-            f"{reading.ratio:.1%} of the {meter.what}, {meter.allowed:.1%} is allowed{also}; lower the budget, "
-            "or add dimensions"
+            f"{reading.ratio:.1%} of the {meter.what}, {meter.allowed:.1%} is allowed{also}; lower the "
+            "budget, or add dimensions"
         )
     return _Found(axis.end, reading)
 
@@ -264,7 +264,7 @@ def _together(
 ) -> Generator[Sequence[Request], Sequence[Answer], _Found]:
     """The optimum of several dimensions: points, predictor, cost surface, and what was built."""
     known = yield from _costs(space, axes, meter, config)
-    points = yield from collect(scene, space, axes, parts, config.rounds, config.epochs)
+    points = yield from collect(scene, space, axes, parts, config)
     shares = np.array([point.share for point in points])
     accuracies = np.array([point.quality.value for point in points])
     fitted = predictor.fit(shares, accuracies, config.rank, config.degree, scene.seed)
@@ -289,6 +289,8 @@ def _costs(
     if config.cost == "measured":
         wanted = [level for axis in axes for level in stops(space, axis, config.rounds)]
         wanted += between(axes)
+        if config.inside:
+            wanted += halfway(space, axes, config.rounds)
         asked = [level for level in dict.fromkeys(wanted) if level not in known]
         trials = cast("Sequence[Trial]", (yield [meter.ask(space.plan(level)) for level in asked]))
         known |= {level: meter.read(trial) for level, trial in zip(asked, trials, strict=True)}
@@ -300,24 +302,15 @@ def between(axes: Sequence[Axis]) -> list[Level]:
 
     Where each alone meets the budget at its end, these lie about where together they do.
     """
-    found = [_combined([_part(axis, 1 / 2) for axis in pair]) for pair in itertools.combinations(axes, 2)]
+    found = [combined([_part(axis, 1 / 2) for axis in pair]) for pair in itertools.combinations(axes, 2)]
     if len(axes) > 2:
-        found += [_combined([_part(axis, share) for axis in axes]) for share in (1 / 3, 1 / 2)]
+        found += [combined([_part(axis, share) for axis in axes]) for share in (1 / 3, 1 / 2)]
     return found
 
 
 def _part(axis: Axis, share: float) -> Level:
     """The choice that lies so far down an axis."""
     return axis.choices[min(len(axis.choices) - 1, int(share * len(axis.choices)))]
-
-
-def _combined(levels: Sequence[Level]) -> Level:
-    """What all of them take out together."""
-    return Level(
-        max(level.dropped for level in levels),
-        min(level.ratio for level in levels),
-        min(level.size for level in levels),
-    )
 
 
 def _choices(axes: Sequence[Axis], known: Sequence[Costed]) -> list[Costed]:
@@ -337,8 +330,8 @@ def _reason(space: Space, axes: Sequence[Axis], found: _Found, meter: Meter) -> 
         saved += f" ({1 - found.reading.high:.1%} to {1 - found.reading.low:.1%}), measured"
     height, width = level.size
     reason = (
-        f"d = {d:.3g}, w = {w:.3g}, r = {r:.3g}: {level.dropped} of {space.blocks} blocks dropped, layers that "
-        f"can be narrowed at {w:.3g} of their channels, images of {height}x{width}. Saves {saved}"
+        f"d = {d:.3g}, w = {w:.3g}, r = {r:.3g}: {level.dropped} of {space.blocks} blocks dropped, what can "
+        f"be narrowed at {w:.3g} of its channels, images of {height}x{width}. Saves {saved}"
     )
     closed = [axis.dimension for axis in axes if not axis.choices]
     return reason + (f". No ratio of channels saves time here, so the {closed[0]} is whole" if closed else "")

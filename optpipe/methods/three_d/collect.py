@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
 
 from optpipe import graph
 from optpipe.methods.three_d import importance
-from optpipe.methods.three_d.config import DIMENSIONS, Dimension
+from optpipe.methods.three_d.config import DIMENSIONS, Config, Dimension
 from optpipe.methods.three_d.ends import Axis
-from optpipe.methods.three_d.space import Kept, Level, Share, Space, counts
+from optpipe.methods.three_d.space import Kept, Level, Share, Space, combined, counts
 from optpipe.types import (
     Answer,
     Images,
@@ -38,10 +39,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A network that was fine-tuned, where it lies, what it scored; ``dimension`` is None at (1, 1, 1)."""
+    """A network that was fine-tuned, along which dimensions, in how many rounds, and what it scored."""
 
-    dimension: Dimension | None
-    round: int
+    dimensions: tuple[Dimension, ...]
+    rounds: int
     level: Level
     share: Share
     plan: Plan
@@ -69,52 +70,128 @@ def tuning(recover: Tune, epochs: float, images: int) -> Tune:
     return replace(recover, epochs=epochs, steps=steps, teachers="none")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A network that was trained on the way: where it lies, its plan, its weights, in how many rounds."""
+
+    level: Level
+    plan: Plan
+    trained: Trained
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Walk:
-    """One dimension on its way down: the network where it stands."""
+    """One dimension on its way down: the levels to stop at, and the networks trained so far."""
 
     dimension: Dimension
     levels: tuple[Level, ...]
-    plan: Plan
-    last: Trained | None = None
+    done: list[Stop] = field(default_factory=list)
 
     @property
-    def start(self) -> Start | None:
-        """Where the next training starts."""
-        return None if self.last is None else Start(self.last.key, self.plan)
+    def middle(self) -> Stop:
+        """The network half way down."""
+        return self.done[(len(self.done) - 1) // 2]
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Makes the trainings of a search, and points of what they answer."""
+
+    scene: Scene
+    space: Space
+    parts: Split
+    tune: Tune
+
+    def ask(self, plan: Plan, start: Stop | None) -> Train:
+        """The training of a plan's network from where a stop's stands, scored."""
+        begin = None if start is None else Start(start.trained.key, start.plan)
+        return Train(plan, self.tune, self.parts.fit, begin, self.parts.score)
+
+    def point(self, dimensions: Sequence[Dimension], stop: Stop) -> Point:
+        """A training as a point for the predictor."""
+        quality = stop.trained.quality
+        assert quality is not None
+        level = stop.level
+        return Point(tuple(dimensions), stop.rounds, level, self.space.share(level), stop.plan, quality)
+
+    def further(
+        self, start: Stop | None, dimension: Dimension, level: Level
+    ) -> Generator[Sequence[Request], Sequence[Answer], Plan]:
+        """The plan that goes on along a dimension: what is least important where the network stands goes."""
+        if start is None:
+            return self.space.plan(level)
+        if dimension == "resolution":
+            return replace(start.plan, input_hw=self.space.size_of(level))
+        if dimension == "width":
+            return replace(start.plan, keep_channels=_narrower(self.space, start, level))
+        gone = set(start.plan.drop_blocks)
+        left = [name for name in self.space.units if name not in gone]
+        trained = start.trained
+        scores = yield from importance.probe(self.scene, trained.network, trained.digest, left, self.parts)
+        more = {one.name for one in scores[: level.dropped - len(gone)]}
+        return replace(start.plan, drop_blocks=self.space.in_order(gone | more))
 
 
 def collect(
-    scene: Scene, space: Space, axes: Sequence[Axis], parts: Split, rounds: int, epochs: float
+    scene: Scene, space: Space, axes: Sequence[Axis], parts: Split, config: Config
 ) -> Generator[Sequence[Request], Sequence[Answer], tuple[Point, ...]]:
-    """The points (d, w, r, accuracy) along every axis, and at (1, 1, 1).
+    """The points (d, w, r, accuracy) along every axis, at (1, 1, 1), and between the axes if wanted.
 
     A round prunes and trains the network of the round before along each dimension; the dimensions' requests
-    of a round are one batch, for they do not depend on each other. Deliberate deviation: the original is
+    of a round are one batch, for they do not depend on each other. Deliberate deviations: the original is
     fine-tuned for a round too, since short trainings on few images cost accuracy by themselves, which no
-    dimension is to be blamed for.
+    dimension is to be blamed for; and with ``config.inside`` the networks half way down go on half way down
+    the next dimension, since points on the axes alone cannot tell a product from any other polynomial.
     """
-    walks = [Walk(axis.dimension, stops(space, axis, rounds), Plan()) for axis in axes]
-    tune = tuning(scene.recover, epochs, len(parts.fit))
+    making = Collection(scene, space, parts, tuning(scene.recover, config.epochs, len(parts.fit)))
+    walks = [Walk(axis.dimension, stops(space, axis, config.rounds)) for axis in axes]
     points: list[Point] = []
     for number in range(max(len(walk.levels) for walk in walks)):
         going = [walk for walk in walks if number < len(walk.levels)]
-        plans: list[Plan] = []
+        asks: list[Train] = []
         for walk in going:
-            plans.append((yield from _next(scene, space, walk, walk.levels[number], parts)))
-        asks = [
-            Train(plan, tune, parts.fit, walk.start, parts.score)
-            for walk, plan in zip(going, plans, strict=True)
-        ]
-        original = [Train(Plan(), tune, parts.fit, None, parts.score)] if number == 0 else []
+            start = walk.done[-1] if walk.done else None
+            plan = yield from making.further(start, walk.dimension, walk.levels[number])
+            asks.append(making.ask(plan, start))
+        original = [making.ask(Plan(), None)] if number == 0 else []
         answers = cast("Sequence[Trained]", (yield [*original, *asks]))
         if original:
-            points.append(_point(space, None, 0, space.whole, Plan(), answers[0]))
-        for walk, plan, trained in zip(going, plans, answers[len(original) :], strict=True):
-            walk.plan, walk.last = plan, trained
-            level = walk.levels[number]
-            points.append(_point(space, walk.dimension, number + 1, level, plan, trained))
+            points.append(making.point((), Stop(space.whole, Plan(), answers[0], 1)))
+        for walk, ask, trained in zip(going, asks, answers[len(original) :], strict=True):
+            walk.done.append(Stop(walk.levels[number], ask.plan, trained, number + 1))
+            points.append(making.point((walk.dimension,), walk.done[-1]))
+    if config.inside:
+        points += yield from _inside(making, walks)
     return tuple(points)
+
+
+def _inside(
+    making: Collection, walks: Sequence[Walk]
+) -> Generator[Sequence[Request], Sequence[Answer], list[Point]]:
+    """Points between each two axes, half way down both, and one between all three."""
+    pairs = list(itertools.combinations(walks, 2))
+    made: list[Stop] = []
+    asks: list[tuple[Level, Train]] = []
+    for one, other in pairs:
+        level = combined([one.middle.level, other.middle.level])
+        plan = yield from making.further(one.middle, other.dimension, level)
+        asks.append((level, making.ask(plan, one.middle)))
+    answers = cast("Sequence[Trained]", (yield [ask for _, ask in asks]))
+    for (one, _), (level, ask), trained in zip(pairs, asks, answers, strict=True):
+        made.append(Stop(level, ask.plan, trained, one.middle.rounds + 1))
+    points = [
+        making.point((one.dimension, other.dimension), stop)
+        for (one, other), stop in zip(pairs, made, strict=True)
+    ]
+    if len(walks) > 2:
+        start, last = made[0], walks[2]
+        level = combined([start.level, last.middle.level])
+        plan = yield from making.further(start, last.dimension, level)
+        (answer,) = yield [making.ask(plan, start)]
+        stop = Stop(level, plan, cast(Trained, answer), start.rounds + 1)
+        points.append(making.point([walk.dimension for walk in walks], stop))
+    return points
 
 
 def stops(space: Space, axis: Axis, rounds: int) -> tuple[Level, ...]:
@@ -126,47 +203,24 @@ def stops(space: Space, axis: Axis, rounds: int) -> tuple[Level, ...]:
     return tuple(axis.levels[index] for index in sorted(nearest))
 
 
-def _point(
-    space: Space, dimension: Dimension | None, number: int, level: Level, plan: Plan, trained: Trained
-) -> Point:
-    assert trained.quality is not None
-    return Point(dimension, number, level, space.share(level), plan, trained.quality)
+def halfway(space: Space, axes: Sequence[Axis], rounds: int) -> list[Level]:
+    """Where the points between the axes lie."""
+    middles = [found[(len(found) - 1) // 2] for found in (stops(space, axis, rounds) for axis in axes)]
+    sizes = range(2, len(middles) + 1)
+    return [combined(some) for size in sizes for some in itertools.combinations(middles, size)]
 
 
-def _next(
-    scene: Scene, space: Space, walk: Walk, level: Level, parts: Split
-) -> Generator[Sequence[Request], Sequence[Answer], Plan]:
-    """The plan of a walk's next network, what goes being least important where the walk stands."""
-    if walk.last is None:
-        return space.plan(level)
-    if walk.dimension == "resolution":
-        return Plan(input_hw=space.size_of(level))
-    if walk.dimension == "width":
-        return Plan(keep_channels=_narrower(space, walk, level))
-    gone = set(walk.plan.drop_blocks)
-    left = [name for name in space.units if name not in gone]
-    scores = yield from importance.probe(scene, walk.last.network, walk.last.digest, left, parts)
-    more = {one.name for one in scores[: level.dropped - len(gone)]}
-    return Plan(space.in_order(gone | more))
-
-
-def _narrower(space: Space, walk: Walk, level: Level) -> Kept:
-    """Of the channels that the network still has, those of the largest scales there."""
-    assert walk.last is not None
-    before = dict(walk.plan.keep_channels)
-    narrowed = graph.width_map(walk.last.network, space.input_shape)
-    scores = dict(
-        zip(
-            [group.name for group in narrowed.groups],
-            graph.channel_scales(walk.last.network, narrowed),
-            strict=True,
-        )
-    )
+def _narrower(space: Space, start: Stop, level: Level) -> Kept:
+    """Of the channels that a network still has, those of the largest scales there."""
+    before, network = dict(start.plan.keep_channels), start.trained.network
+    narrowed = graph.width_map(network, space.input_shape)
+    names = [group.name for group in narrowed.groups]
+    scores = dict(zip(names, graph.channel_scales(network, narrowed), strict=True))
     found = []
     wanted = counts(space.widths, level.ratio)
     for group, blocks, count in zip(space.widths.groups, space.widths.blocks, wanted, strict=True):
         standing = before.get(group.name, tuple(range(group.channels)))
-        # A group of a single channel in each run can no longer be narrowed, and is then not among them.
+        # A group that went with its block, or has one channel left in each run, is not among them.
         if count < len(standing) and group.name in scores:
             places = graph.keep_largest(scores[group.name], count, blocks)
             standing = tuple(standing[place] for place in places)

@@ -15,8 +15,10 @@ class Config:
 
     ``dimensions``: along which to prune; with one alone there is nothing to weigh up, and nothing is trained
     before the recovery. ``rounds``: how often each is pruned and fine-tuned for the predictor (Algorithm 1),
-    ``epochs`` for how long each time. ``validation``: the share of the calibration images that these
-    trainings never see, on which their accuracy is taken. ``rank`` and ``degree`` are R and K of Eq. 7.
+    ``epochs`` for how long each time. ``inside``: whether networks between the dimensions are trained too,
+    since points on the axes alone tell no product of polynomials from any other. ``validation``: the share
+    of the calibration images that these trainings never see, on which their accuracy is taken. ``rank`` and
+    ``degree`` are R and K of Eq. 7.
 
     ``cost``: "measured" is what the budget counts, taken of networks as they are built; "formula" is
     d w^2 r^2 (Eq. 4), for a budget in MACs. ``widths``: "measured" lets the width be only such a ratio that
@@ -28,6 +30,7 @@ class Config:
     dimensions: tuple[Dimension, ...] = DIMENSIONS
     rounds: int = 4
     epochs: float = 40.0
+    inside: bool = True
     validation: float = 0.2
     rank: int = 1
     degree: int = 3

@@ -24,7 +24,7 @@ def accuracy(points: Sequence[Point], predictor: Predictor) -> Figure:
     """The fitted accuracy along each dimension alone, with the points that it was fitted to."""
     curves: list[Curve] = []
     for along, dimension in enumerate(DIMENSIONS):
-        own = [point for point in points if point.dimension in {dimension, None}]
+        own = [point for point in points if point.dimensions in {(), (dimension,)}]
         if len(own) < 2:
             continue
         own = sorted(own, key=lambda point: point.share[along])

@@ -78,6 +78,15 @@ class Space:
         return None if level.size == self.whole.size else level.size
 
 
+def combined(levels: Sequence[Level]) -> Level:
+    """What all of these take out together."""
+    return Level(
+        max(level.dropped for level in levels),
+        min(level.ratio for level in levels),
+        min(level.size for level in levels),
+    )
+
+
 def counts(widths: graph.WidthMap, ratio: float) -> tuple[int, ...]:
     """How many channels each group keeps at a ratio: at least one of each run, equally many of all runs."""
     return tuple(

@@ -60,18 +60,18 @@ def points(found: Sequence[Point], costed: Sequence[Costed], meter: Meter) -> Ta
         quality = point.quality
         rows.append(
             (
-                point.dimension or "none",
-                point.round,
+                " and ".join(point.dimensions) or "none",
+                point.rounds,
                 *point.share,
                 *_built(point.level),
                 quality.value,
                 quality.ci95[0],
                 quality.ci95[1],
-                1.0 if point.dimension is None else None if reading is None else reading.ratio,
+                None if reading is None else reading.ratio,
             )
         )
     columns = (
-        "dimension", "round", "d", "w", "r", "blocks dropped", "size", "accuracy", "low", "high",
+        "pruned along", "rounds", "d", "w", "r", "blocks dropped", "size", "accuracy", "low", "high",
         f"{meter.what} left",
     )  # fmt: skip
     return Table("Accuracy along each dimension", columns, tuple(rows))
