@@ -315,7 +315,7 @@ def costs_section(together: list[Row], what: str) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in together:
-        offs = cells(of(row).measured.tables, SURFACE + what, ("fit off by", "left out, off by"))
+        offs = cells(of(row).measured.tables, SURFACE + what, ("smooth fit off by", "left out, off by"))
         if offs:
             fit, left = ([abs(_number(line[column])) for line in offs] for column in (0, 1))
             lines.append(

@@ -21,13 +21,13 @@ from optpipe import graph, plugins, store, tune  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
 from optpipe.errors import RunError, UsageError  # noqa: E402
 from optpipe.methods.three_d import tables  # noqa: E402
-from optpipe.methods.three_d.collect import Point  # noqa: E402
+from optpipe.methods.three_d.collect import Made, Point  # noqa: E402
+from optpipe.methods.three_d.comparison import comparison  # noqa: E402
 from optpipe.methods.three_d.config import DIMENSIONS, Config  # noqa: E402
 from optpipe.methods.three_d.cost import fit_cost  # noqa: E402
 from optpipe.methods.three_d.ends import Costed  # noqa: E402
 from optpipe.methods.three_d.meter import Meter, Reading  # noqa: E402
 from optpipe.methods.three_d.optimum import Candidate, Optimum  # noqa: E402
-from optpipe.methods.three_d.predictor import comparison  # noqa: E402
 from optpipe.methods.three_d.settle import Attempt, Settled  # noqa: E402
 from optpipe.methods.three_d.space import Level, Space  # noqa: E402
 from optpipe.report import build, schema  # noqa: E402
@@ -78,7 +78,7 @@ def method_tables() -> tuple[Table, ...]:
     meter = Meter("latency", 0.65, 1, 1)
     best = Candidate((0.778, 0.875, 0.938), 0.92, 0.6)
     built = Level(6, 0.875, (30, 30))
-    attempt = Attempt(built, best, Reading(0.612, 0.6, 0.63), True)
+    attempt = Attempt(built, Made(Plan(), None), best, Reading(0.612, 0.6, 0.63), True)
     costed.append(Costed(built, attempt.reading))
     surface = fit_cost([space.share(one.level) for one in costed], [one.reading.ratio for one in costed])
     optimum = Optimum(best, best, (0.01, 0.01, 0.01), True)

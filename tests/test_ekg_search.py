@@ -28,6 +28,7 @@ from optpipe.types import (
     Request,
     Scene,
     Search,
+    Start,
     Step,
     StepResult,
     Train,
@@ -327,7 +328,7 @@ def test_the_original_is_trained_first_on_images_that_do_not_score() -> None:
     labels = pictures().labels
     assert labels is not None
     assert torch.bincount(labels[list(first.images)]).tolist() == [4] * CLASSES
-    assert choice.weights == "tuned"
+    assert choice.start == Start("tuned", Plan())
     assert choice.recover == Tune(steps=7, loss="labels")
 
 

@@ -185,7 +185,7 @@ def test_the_pruned_network_stands_on_the_weights_that_the_search_trained(
     from safetensors.torch import load_file
 
     choice = finished.choice
-    trained = load_file(store.Run(finished.folder, None).weights(choice.weights))
+    trained = load_file(store.Run(finished.folder, None).weights(choice.start.key))
     pruned = load_file(finished.folder / "03-prune" / "weights.safetensors")
     kept = dict(choice.plan.keep_channels)
     rows = list(kept.get("stem", range(12)))
@@ -278,8 +278,8 @@ def test_weights_that_are_gone_end_the_run_with_what_to_do(
     with pytest.raises(RunError) as refused:
         stages.prune(setup, gone, finished.choice)
     assert str(refused.value) == (
-        f"{gone.weights(finished.choice.weights)}: the weights that the search trained are gone; start anew "
-        "with --fresh"
+        f"{gone.weights(finished.choice.start.key)}: the weights that a training goes on from are gone; "
+        "start anew with --fresh"
     )
     with pytest.raises(RunError, match="start anew with --fresh"):
         stages.recover(setup, gone, finished.choice, lambda event: None)

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from optpipe.errors import RunError, UsageError
+from optpipe.methods.three_d.comparison import left_out, relative_error
 from optpipe.methods.three_d.cost import CostSurface, fit_cost, formula
 from optpipe.methods.three_d.optimum import optimise, realisable
-from optpipe.methods.three_d.predictor import Predictor, left_out, relative_error
+from optpipe.methods.three_d.predictor import Predictor
 
 Array = NDArray[np.float64]
 

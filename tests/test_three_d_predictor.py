@@ -9,15 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from optpipe.errors import RunError
-from optpipe.methods.three_d.predictor import (
-    Predictor,
-    comparison,
-    fit,
-    full,
-    left_out,
-    on_axis,
-    relative_error,
-)
+from optpipe.methods.three_d.comparison import comparison, full, left_out, relative_error
+from optpipe.methods.three_d.points import on_axis
+from optpipe.methods.three_d.predictor import Predictor, fit
 
 Array = NDArray[np.float64]
 

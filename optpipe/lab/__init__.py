@@ -6,8 +6,18 @@ goes on where it was.
 
 from optpipe.lab.answers import Lab
 from optpipe.lab.names import plan_name
-from optpipe.lab.nesting import further
+from optpipe.lab.nesting import begin, further
 from optpipe.lab.replay import drive
 from optpipe.lab.subject import Clock, Resolutions, Subject, refuse_mimicry
 
-__all__ = ["Clock", "Lab", "Resolutions", "Subject", "drive", "further", "plan_name", "refuse_mimicry"]
+__all__ = [
+    "Clock",
+    "Lab",
+    "Resolutions",
+    "Subject",
+    "begin",
+    "drive",
+    "further",
+    "plan_name",
+    "refuse_mimicry",
+]

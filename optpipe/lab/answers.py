@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optpipe import building, data, graph, quality, store, timing, tune
-from optpipe.errors import RunError, UsageError
+from optpipe.errors import UsageError
 from optpipe.lab.engines import Engines
 from optpipe.lab.names import plan_name
-from optpipe.lab.nesting import further
+from optpipe.lab.nesting import begin
 from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_mimicry
 from optpipe.types import (
     Answer,
@@ -155,17 +155,7 @@ class Lab:
 
     def _begin(self, request: Train) -> fx.GraphModule:
         """The request's candidate before its training."""
-        original, start = self._subject.original, request.start
-        if start is None:
-            return graph.apply(original, request.plan, self._shape)
-        left = further(start.plan, request.plan)
-        begun = graph.apply(original, start.plan, self._shape)
-        path = self._run.weights(start.key)
-        if not path.exists():
-            raise RunError(
-                f"{path}: the weights that a training goes on from are gone; start anew with --fresh"
-            )
-        store.load_tensors(begun, path)
+        begun, left = begin(self._subject.original, request.start, request.plan, self._shape, self._run)
         return graph.apply(begun, left, self._shape)
 
     def _carry_out(self, request: Train, candidate: fx.GraphModule, path: Path) -> None:

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
-from optpipe.errors import UsageError
-from optpipe.types import Plan
+from typing import TYPE_CHECKING
+
+from optpipe import graph, store
+from optpipe.errors import RunError, UsageError
+from optpipe.types import Plan, Start
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+def begin(
+    original: fx.GraphModule, start: Start | None, plan: Plan, shape: tuple[int, int, int], run: store.Run
+) -> tuple[fx.GraphModule, Plan]:
+    """The network that a training starts with, and what is left to take out of it to come to ``plan``.
+
+    ``shape`` is (C, H, W) of the original's images.
+
+    Raises:
+        UsageError: the start lacks something that the plan leaves in.
+        RunError: the start's weights are gone.
+    """
+    if start is None:
+        return original, plan
+    left = further(start.plan, plan)
+    begun = graph.apply(original, start.plan, shape)
+    path = run.weights(start.key)
+    if not path.exists():
+        raise RunError(f"{path}: the weights that a training goes on from are gone; start anew with --fresh")
+    store.load_tensors(begun, path)
+    return begun, left
 
 
 def further(done: Plan, plan: Plan) -> Plan:

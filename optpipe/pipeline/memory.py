@@ -25,7 +25,7 @@ def bank_of(
 ) -> bank.MemoryBank | None:
     """The memory bank that the choice's recovery asks for, built now unless it is there; None if it does not.
 
-    ``start`` is the network that the choice's plans are applied to. Each teacher sees the images at its own
+    ``start`` is the network that the interim plans are applied to. Each teacher sees the images at its own
     plan's resolution, whatever the student's is.
     """
     tuning = choice.recover

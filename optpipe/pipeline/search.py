@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
-from optpipe.errors import RunError
-from optpipe.lab import Clock, Lab, Subject, drive, refuse_mimicry
+from optpipe.lab import Clock, Lab, Subject, begin, drive, refuse_mimicry
 from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
-from optpipe.types import Choice, Emit, Event, Scene
-
-if TYPE_CHECKING:
-    from torch import fx
+from optpipe.types import Choice, Emit, Event, Plan, Scene
 
 
 def ingest(setup: Setup, opened: store.Run) -> Ingested:
@@ -102,7 +96,9 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
 def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     """Apply the chosen plan to the weights that the search chose it for."""
     resolved = setup.at(choice.plan)
-    candidate = graph.apply(_start(setup, opened, choice), choice.plan, setup.target.input_shape)
+    shape = setup.target.input_shape
+    begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
+    candidate = graph.apply(begun, left, shape)
     parameters, macs = graph.count(candidate, resolved.shape)
     store.save_tensors(opened.stage_folder("prune") / store.WEIGHTS, candidate.state_dict())
     logits = tune.logits(candidate, resolved.evaluation(), setup.device).numpy()
@@ -115,16 +111,18 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
     """Train the pruned network as the choice says, at its resolution; goes on from the last checkpoint."""
     folder = opened.stage_folder("recover")
-    start, shape = _start(setup, opened, choice), setup.target.input_shape
-    candidate = graph.apply(start, choice.plan, shape)
-    if choice.recover.rescale and choice.plan.keep_channels:
-        candidate = graph.rescale(start, choice.plan, shape, candidate)
+    shape = setup.target.input_shape
+    begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
+    candidate = graph.apply(begun, left, shape)
+    if choice.recover.rescale and left.keep_channels:
+        candidate = graph.rescale(begun, left, shape, candidate)
     # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
     seed = setup.recipe.run.seed
     key = store.digest(
-        choice.plan, choice.recover, choice.weights, *choice.interim, seed, setup.calibration.digest
+        choice.plan, choice.recover, choice.start, *choice.interim, seed, setup.calibration.digest
     )[:16]
-    teachers = memory.bank_of(setup, folder / f"bank-{key}", start, choice, emit)
+    whole = begun if choice.start is None or choice.start.plan == Plan() else setup.original
+    teachers = memory.bank_of(setup, folder / f"bank-{key}", whole, choice, emit)
     trained = tune.train(
         candidate,
         setup.original,
@@ -143,15 +141,3 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     # On large sets the bank is the largest thing in a run, and it has served.
     shutil.rmtree(folder / f"bank-{key}", ignore_errors=True)
     return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)
-
-
-def _start(setup: Setup, opened: store.Run, choice: Choice) -> fx.GraphModule:
-    """The network that the choice's plans are applied to: the original, or what the search trained of it."""
-    if not choice.weights:
-        return setup.original
-    start = copy.deepcopy(setup.original)
-    path = opened.weights(choice.weights)
-    if not path.exists():
-        raise RunError(f"{path}: the weights that the search trained are gone; start anew with --fresh")
-    store.load_tensors(start, path)
-    return start

@@ -207,15 +207,16 @@ class Interim:
 class Choice:
     """Where a search ended: what to take out, how to recover, why, and the tables and figures that show it.
 
-    ``weights`` is the key of the :class:`Trained` whose weights the plans are applied to; "" is the original.
-    ``interim`` are the networks on the way, the original's own first, the chosen one last.
+    ``start`` is the training that the chosen network is made of, by taking out what the plan has beyond it;
+    None is the original. ``interim`` are the networks on the way, the original's own first, the chosen one
+    last; they are made of ``start`` where its plan is empty, else of the original.
     """
 
     plan: Plan
     recover: Tune
     reason: str
     tables: tuple[Table, ...] = ()
-    weights: str = ""
+    start: Start | None = None
     interim: tuple[Interim, ...] = ()
     figures: tuple[Figure, ...] = ()
 

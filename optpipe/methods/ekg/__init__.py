@@ -43,6 +43,7 @@ from optpipe.types import (
     Request,
     Scene,
     Search,
+    Start,
     Table,
     Train,
     Trained,
@@ -261,7 +262,7 @@ def _choice(field: Field, taken: Sequence[Taken], weights: str, timed: Sequence[
     )
     if end.latency is not None:
         reason += f", {budgets.saved(end.latency):.1%} of the measured latency saved"
-    return Choice(plan, field.scene.recover, reason, tuple(shown), weights, _thinned(interim))
+    return Choice(plan, field.scene.recover, reason, tuple(shown), Start(weights, Plan()), _thinned(interim))
 
 
 def _thinned(interim: Sequence[Interim]) -> tuple[Interim, ...]:

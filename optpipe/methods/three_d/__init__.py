@@ -15,7 +15,8 @@ the target executes well is measured. ``cost = "formula"`` takes this back.
 Deliberate deviations. The lower end of each dimension is where it alone meets the budget, measured, and not
 T or its root. The optimum is sought among networks that can be built; the constrained solver (Eq. 8) and a
 dense grid say where it lies when depth, width and resolution are continuous. Accuracies are taken on images
-held out of the calibration set. The point (1, 1, 1) is fine-tuned for a round like the others. Blocks are
+held out of the calibration set. The point (1, 1, 1) is fine-tuned for a round like the others. The result is
+made of the nearest network that was trained on the way, not of the original (``begin``). Blocks are
 ordered by the skill that a linear probe gains, not by its accuracy.
 """
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -31,9 +33,10 @@ import numpy as np
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
 from optpipe.methods.three_d import ends, figures, importance, predictor, tables
-from optpipe.methods.three_d.collect import Split, collect, halfway, split, stops
+from optpipe.methods.three_d.collect import Collection, Made, collect, halfway, stops, tuning
 from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.ends import Axis, Costed
+from optpipe.methods.three_d.images import Split, split
 from optpipe.methods.three_d.meter import Meter, Reading, meter_of
 from optpipe.methods.three_d.settle import settle
 from optpipe.methods.three_d.space import Level, Space, combined, default_step
@@ -173,8 +176,8 @@ def search(scene: Scene, config: Config) -> Search:
     if len(open_axes) > 1:
         found = yield from _together(scene, space, open_axes, parts, meter, config)
     else:
-        found = _alone(axes, open_axes, meter)
-    plan = space.plan(found.level)
+        found = _alone(space, axes, open_axes, meter)
+    plan = found.made.plan
     if probes:
         shown.insert(0, tables.blocks(space, probes, plan))
     return Choice(
@@ -182,6 +185,7 @@ def search(scene: Scene, config: Config) -> Search:
         scene.recover,
         _reason(space, axes, found, meter),
         (*shown, *found.tables),
+        start=found.made.start,
         interim=(Interim(Plan()), Interim(plan)),
         figures=found.figures,
     )
@@ -189,9 +193,10 @@ def search(scene: Scene, config: Config) -> Search:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The network that was chosen, its cost, and what the report shows of the way to it."""
+    """The network that was chosen, how it is made, its cost, and what the report shows of the way to it."""
 
     level: Level
+    made: Made
     reading: Reading
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
@@ -240,7 +245,7 @@ def _axes(
     return tuple(found)
 
 
-def _alone(axes: Sequence[Axis], open_axes: Sequence[Axis], meter: Meter) -> _Found:
+def _alone(space: Space, axes: Sequence[Axis], open_axes: Sequence[Axis], meter: Meter) -> _Found:
     """The mildest network along the only dimension; there is nothing to weigh up, and nothing to train."""
     if not open_axes:
         raise RunError(
@@ -256,7 +261,7 @@ def _alone(axes: Sequence[Axis], open_axes: Sequence[Axis], meter: Meter) -> _Fo
             f"{reading.ratio:.1%} of the {meter.what}, {meter.allowed:.1%} is allowed{also}; lower the "
             "budget, or add dimensions"
         )
-    return _Found(axis.end, reading)
+    return _Found(axis.end, Made(space.plan(axis.end), None), reading)
 
 
 def _together(
@@ -264,11 +269,15 @@ def _together(
 ) -> Generator[Sequence[Request], Sequence[Answer], _Found]:
     """The optimum of several dimensions: points, predictor, cost surface, and what was built."""
     known = yield from _costs(space, axes, meter, config)
-    points = yield from collect(scene, space, axes, parts, config)
+    making = Collection(scene, space, parts, tuning(scene.recover, config.epochs, len(parts.fit)))
+    points, trained = yield from collect(making, axes, config)
+    begun = trained if config.begin == "nearest" else ()
     shares = np.array([point.share for point in points])
     accuracies = np.array([point.quality.value for point in points])
     fitted = predictor.fit(shares, accuracies, config.rank, config.degree, scene.seed)
-    settled = yield from settle(space, axes, fitted, _choices(axes, known), meter, config)
+    choices = _choices(axes, known)
+    make = partial(making.towards, begun)
+    settled = yield from settle(space, axes, fitted, choices, meter, config, make)
     shown = [
         tables.optima(settled, meter),
         tables.points(points, known, meter),
@@ -277,7 +286,8 @@ def _together(
     if config.cost == "measured":
         shown.append(tables.surface(space, settled, meter))
     drawn = (figures.accuracy(points, fitted), figures.equal_cost(settled, fitted, axes, meter))
-    return _Found(settled.chosen.level, settled.chosen.reading, tuple(shown), drawn)
+    chosen = settled.chosen
+    return _Found(chosen.level, chosen.made, chosen.reading, tuple(shown), drawn)
 
 
 def _costs(

@@ -8,16 +8,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import numpy as np
-
 from optpipe import graph
 from optpipe.methods.three_d import importance
 from optpipe.methods.three_d.config import DIMENSIONS, Config, Dimension
 from optpipe.methods.three_d.ends import Axis
+from optpipe.methods.three_d.images import Split
 from optpipe.methods.three_d.space import Kept, Level, Share, Space, combined, counts
 from optpipe.types import (
     Answer,
-    Images,
     Plan,
     Quality,
     Request,
@@ -30,14 +28,6 @@ from optpipe.types import (
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """The calibration images that trainings see, and those on which their accuracy is taken."""
-
-    fit: tuple[int, ...]
-    score: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Point:
     """A network that was fine-tuned, along which dimensions, in how many rounds, and what it scored."""
 
@@ -47,21 +37,6 @@ class Point:
     share: Share
     plan: Plan
     quality: Quality
-
-
-def split(images: Images, share: float, seed: int) -> Split:
-    """That share of the images of each class to score, at least one of each, drawn by the seed."""
-    assert images.labels is not None
-    labels = images.labels.numpy()
-    rng = np.random.default_rng(seed)
-    fit: list[int] = []
-    score: list[int] = []
-    for label in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == label)).tolist()
-        count = min(max(1, round(share * len(own))), len(own) - 1)
-        score += own[:count]
-        fit += own[count:]
-    return Split(tuple(sorted(fit)), tuple(sorted(score)))
 
 
 def tuning(recover: Tune, epochs: float, images: int) -> Tune:
@@ -78,6 +53,14 @@ class Stop:
     plan: Plan
     trained: Trained
     rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How a network is made: its plan, and the training that it is made of; None is the original."""
+
+    plan: Plan
+    start: Start | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +115,30 @@ class Collection:
         more = {one.name for one in scores[: level.dropped - len(gone)]}
         return replace(start.plan, drop_blocks=self.space.in_order(gone | more))
 
+    def towards(
+        self, stops: Sequence[Stop], level: Level
+    ) -> Generator[Sequence[Request], Sequence[Answer], Made]:
+        """A network of this level: the nearest stop on the way to it, with the rest taken out of that.
+
+        Of several stops equally near the one of most rounds; the original where none is on the way.
+        """
+        way = [stop for stop in stops if stop.level.is_within(level)]
+        if not way:
+            return Made(self.space.plan(level), None)
+        end = sum(self.space.share(level))
+        nearest = min(way, key=lambda stop: (sum(self.space.share(stop.level)) - end, -stop.rounds))
+        reached = nearest
+        for dimension in DIMENSIONS:
+            if not level.equals(reached.level, dimension):
+                plan = yield from self.further(reached, dimension, level)
+                reached = replace(reached, plan=plan)
+        return Made(reached.plan, Start(nearest.trained.key, nearest.plan))
+
 
 def collect(
-    scene: Scene, space: Space, axes: Sequence[Axis], parts: Split, config: Config
-) -> Generator[Sequence[Request], Sequence[Answer], tuple[Point, ...]]:
-    """The points (d, w, r, accuracy) along every axis, at (1, 1, 1), and between the axes if wanted.
+    making: Collection, axes: Sequence[Axis], config: Config
+) -> Generator[Sequence[Request], Sequence[Answer], tuple[tuple[Point, ...], tuple[Stop, ...]]]:
+    """The points (d, w, r, accuracy) on every axis, at (1, 1, 1), and between if wanted; all pruned networks.
 
     A round prunes and trains the network of the round before along each dimension; the dimensions' requests
     of a round are one batch, for they do not depend on each other. Deliberate deviations: the original is
@@ -144,7 +146,7 @@ def collect(
     dimension is to be blamed for; and with ``config.inside`` the networks half way down go on half way down
     the next dimension, since points on the axes alone cannot tell a product from any other polynomial.
     """
-    making = Collection(scene, space, parts, tuning(scene.recover, config.epochs, len(parts.fit)))
+    space = making.space
     walks = [Walk(axis.dimension, stops(space, axis, config.rounds)) for axis in axes]
     points: list[Point] = []
     for number in range(max(len(walk.levels) for walk in walks)):
@@ -157,19 +159,23 @@ def collect(
         original = [making.ask(Plan(), None)] if number == 0 else []
         answers = cast("Sequence[Trained]", (yield [*original, *asks]))
         if original:
-            points.append(making.point((), Stop(space.whole, Plan(), answers[0], 1)))
+            whole = Stop(space.whole, Plan(), answers[0], 1)
+            points.append(making.point((), whole))
         for walk, ask, trained in zip(going, asks, answers[len(original) :], strict=True):
             walk.done.append(Stop(walk.levels[number], ask.plan, trained, number + 1))
             points.append(making.point((walk.dimension,), walk.done[-1]))
+    found = [stop for walk in walks for stop in walk.done]
     if config.inside:
-        points += yield from _inside(making, walks)
-    return tuple(points)
+        more = yield from _inside(making, walks)
+        points += [making.point(dimensions, stop) for dimensions, stop in more]
+        found += [stop for _, stop in more]
+    return tuple(points), tuple(found)
 
 
 def _inside(
     making: Collection, walks: Sequence[Walk]
-) -> Generator[Sequence[Request], Sequence[Answer], list[Point]]:
-    """Points between each two axes, half way down both, and one between all three."""
+) -> Generator[Sequence[Request], Sequence[Answer], list[tuple[tuple[Dimension, ...], Stop]]]:
+    """Networks between each two axes, half way down both, and one between all three."""
     pairs = list(itertools.combinations(walks, 2))
     made: list[Stop] = []
     asks: list[tuple[Level, Train]] = []
@@ -180,9 +186,8 @@ def _inside(
     answers = cast("Sequence[Trained]", (yield [ask for _, ask in asks]))
     for (one, _), (level, ask), trained in zip(pairs, asks, answers, strict=True):
         made.append(Stop(level, ask.plan, trained, one.middle.rounds + 1))
-    points = [
-        making.point((one.dimension, other.dimension), stop)
-        for (one, other), stop in zip(pairs, made, strict=True)
+    found: list[tuple[tuple[Dimension, ...], Stop]] = [
+        ((one.dimension, other.dimension), stop) for (one, other), stop in zip(pairs, made, strict=True)
     ]
     if len(walks) > 2:
         start, last = made[0], walks[2]
@@ -190,8 +195,8 @@ def _inside(
         plan = yield from making.further(start, last.dimension, level)
         (answer,) = yield [making.ask(plan, start)]
         stop = Stop(level, plan, cast(Trained, answer), start.rounds + 1)
-        points.append(making.point([walk.dimension for walk in walks], stop))
-    return points
+        found.append((tuple(walk.dimension for walk in walks), stop))
+    return found
 
 
 def stops(space: Space, axis: Axis, rounds: int) -> tuple[Level, ...]:

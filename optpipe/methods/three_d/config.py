@@ -20,6 +20,9 @@ class Config:
     of the calibration images that these trainings never see, on which their accuracy is taken. ``rank`` and
     ``degree`` are R and K of Eq. 7.
 
+    ``begin``: "nearest" makes the result of that network trained on the way which has most of it taken out
+    already, so that those trainings are not lost; "original" of the original, as the paper does.
+
     ``cost``: "measured" is what the budget counts, taken of networks as they are built; "formula" is
     d w^2 r^2 (Eq. 4), for a budget in MACs. ``widths``: "measured" lets the width be only such a ratio that
     the target executes clearly faster than every larger one, "any" each sixteenth. ``resolution_step``: input
@@ -34,6 +37,7 @@ class Config:
     validation: float = 0.2
     rank: int = 1
     degree: int = 3
+    begin: Literal["nearest", "original"] = "nearest"
     cost: Literal["measured", "formula"] = "measured"
     widths: Literal["measured", "any"] = "measured"
     resolution_step: int | None = None

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from optpipe.methods.three_d.collect import Point
 from optpipe.methods.three_d.config import DIMENSIONS
 from optpipe.methods.three_d.ends import Axis
 from optpipe.methods.three_d.meter import Meter
-from optpipe.methods.three_d.predictor import Predictor, Smooth
+from optpipe.methods.three_d.points import Array, Smooth
+from optpipe.methods.three_d.predictor import Predictor
 from optpipe.methods.three_d.settle import Settled
 from optpipe.methods.three_d.space import Share
 from optpipe.types import Curve, Figure, Surface
 
-Array = NDArray[np.float64]
 STEPS = 41
 
 

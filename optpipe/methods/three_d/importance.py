@@ -6,12 +6,11 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from optpipe import graph
+from optpipe.methods.three_d.images import Split
 from optpipe.types import Answer, Request, Scene, Step, StepResult
 
 if TYPE_CHECKING:
     from torch import fx
-
-    from optpipe.methods.three_d.collect import Split
 
 
 def probe(

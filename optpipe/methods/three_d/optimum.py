@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from optpipe.errors import RunError, UsageError
 from optpipe.methods.three_d.config import DIMENSIONS, Dimension
-from optpipe.methods.three_d.predictor import Smooth
+from optpipe.methods.three_d.points import Smooth
 
 Array = NDArray[np.float64]
 Point = tuple[float, float, float]

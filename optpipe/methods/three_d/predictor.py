@@ -1,29 +1,19 @@
-"""The model accuracy predictor: a polynomial in depth, width and resolution of low rank (Eqs 5-7 and 10).
-
-Points are shares (d, w, r) of the original's depth, width and resolution (Eq. 2), arrays (N, 3); accuracies
-are fractions.
-"""
+"""The model accuracy predictor: a polynomial in depth, width and resolution of low rank (Eqs 5-7 and 10)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from numpy.polynomial.legendre import legvander
-from numpy.polynomial.polynomial import polyder, polyval, polyval3d, polyvander3d
-from numpy.typing import ArrayLike, NDArray
+from numpy.polynomial.polynomial import polyder, polyval
+from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
-from optpipe.errors import RunError
-from optpipe.methods.three_d.config import DIMENSIONS, Dimension
-
-Array = NDArray[np.float64]
-Vector = tuple[float, ...]
+from optpipe.methods.three_d.config import Dimension
+from optpipe.methods.three_d.points import Array, Vector, checked, distinct, on_axis, vector
 
 DAMPING = 1e-4
 """Weight of the coefficients' norm in the fit: it chooses among equally good ones, and moves none else."""
@@ -35,25 +25,6 @@ STARTS = 4
 SWEEPS = 15
 EASING = 0.5
 """By how much the damping falls from one sweep to the next, from this very value down to DAMPING."""
-
-SAME = 1e-9
-"""Shares that differ by less are one and the same."""
-
-
-class Smooth(Protocol):
-    """A differentiable function of (d, w, r)."""
-
-    def __call__(self, points: ArrayLike) -> Array:
-        """Its values (N,) at points (N, 3)."""
-        ...
-
-    def gradient(self, points: ArrayLike) -> Array:
-        """Its partial derivatives (N, 3) at points (N, 3)."""
-        ...
-
-
-Fitter = Callable[[Array, Array], Callable[[Array], Array]]
-"""What makes a function of points from points (N, 3) and values (N,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,40 +68,6 @@ class Predictor:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FullPolynomial:
-    """A polynomial of all monomials (Eq. 5): ``coefficients[i][j][k]`` is the one of d^i w^j r^k."""
-
-    coefficients: tuple[tuple[Vector, ...], ...]
-
-    def __call__(self, points: ArrayLike) -> Array:
-        """Predicted accuracies (N,) at points (N, 3)."""
-        return self._value(points, np.array(self.coefficients))
-
-    def gradient(self, points: ArrayLike) -> Array:
-        """The partial derivatives (N, 3) at points (N, 3)."""
-        tensor = np.array(self.coefficients)
-        return np.stack([self._value(points, polyder(tensor, axis=axis)) for axis in range(3)], axis=1)
-
-    def _value(self, points: ArrayLike, tensor: Array) -> Array:
-        rows = np.atleast_2d(np.asarray(points, dtype=np.float64))
-        return np.asarray(polyval3d(rows[:, 0], rows[:, 1], rows[:, 2], tensor))
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A regression in the comparison of Table 4: its relative errors as fractions."""
-
-    kind: str
-    degree: int
-    ridge: float
-    train_error: float
-    left_out_error: float
-
-
-# ---------------------------------------------------------------- fitting
-
-
 def fit(
     points: ArrayLike,
     values: ArrayLike,
@@ -150,7 +87,7 @@ def fit(
 
     Raises RunError where there is no point or a value is not finite.
     """
-    rows, targets = _checked(points, values)
+    rows, targets = checked(points, values)
     scale = float(np.sqrt(np.mean(targets**2))) or 1.0
     problem = _problem(rows, targets / scale, rank, degree)
     rng = np.random.default_rng(seed)
@@ -265,7 +202,7 @@ class _Problem:
             for dimension in (1, 2):
                 unit = _unit(own[dimension], self.domains[dimension])
                 own[dimension], own[0] = own[dimension] / unit, own[0] * unit
-            products.append((_vector(own[0] * scale), _vector(own[1]), _vector(own[2])))
+            products.append((vector(own[0] * scale), vector(own[1]), vector(own[2])))
         return Predictor(tuple(products))
 
 
@@ -315,110 +252,3 @@ def _unit(powers: Array, domain: tuple[float, float]) -> float:
     if abs(at_one) >= 0.1 * abs(largest):
         return at_one or 1.0
     return largest
-
-
-def full(points: ArrayLike, values: ArrayLike, degree: int = 3, ridge: float = 0.0) -> FullPolynomial:
-    """The polynomial of all monomials d^i w^j r^k with i, j, k <= degree (Eq. 5) of least squared error.
-
-    Without ``ridge`` it is the one of least norm, of the many that fit few points; else ``ridge`` times the
-    sum of the squared coefficients is added to the sum of squared errors. The constant term is a coefficient
-    like the others (Eq. 5 has it among them), and is penalised like them. A dimension that does not vary has
-    only the power 0, as in :func:`fit`.
-
-    Raises RunError where there is no point or a value is not finite.
-    """
-    rows, targets = _checked(points, values)
-    degrees = [degree if distinct(column) > 1 else 0 for column in rows.T]
-    matrix = polyvander3d(rows[:, 0], rows[:, 1], rows[:, 2], degrees)
-    if ridge > 0:
-        matrix = np.concatenate([matrix, np.sqrt(ridge) * np.eye(matrix.shape[1])])
-        targets = np.concatenate([targets, np.zeros(matrix.shape[1])])
-    solved = np.linalg.lstsq(matrix, targets, rcond=None)[0].reshape([own + 1 for own in degrees])
-    return FullPolynomial(tuple(tuple(_vector(row) for row in plane) for plane in solved))
-
-
-# ---------------------------------------------------------------- judging
-
-
-def left_out(fitter: Fitter, points: ArrayLike, values: ArrayLike) -> Array:
-    """Predictions (N,) for each point by a fit to the others, without any measured at the same place.
-
-    Raises RunError where all points are at one place.
-    """
-    rows, targets = _checked(points, values)
-    predicted = np.empty(len(rows))
-    for index, row in enumerate(rows):
-        others = np.abs(rows - row).max(axis=1) > SAME
-        if not others.any():
-            raise RunError(
-                f"all {len(rows)} points are at {_words(row)}, so none can be left out; collect more rounds"
-            )
-        predicted[index] = fitter(rows[others], targets[others])(row[None])[0]
-    return predicted
-
-
-def relative_error(predicted: ArrayLike, values: ArrayLike) -> float:
-    """The mean of |predicted - value| / value, as a fraction (Table 4); of those values that are not 0."""
-    guesses, truths = np.asarray(predicted, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    some = truths != 0
-    return (
-        float(np.mean(np.abs(guesses[some] - truths[some]) / np.abs(truths[some]))) if some.any() else np.nan
-    )
-
-
-def comparison(
-    points: ArrayLike, values: ArrayLike, rank: int = 1, degree: int = 3, ridge: float = 1e-3
-) -> list[Row]:
-    """How the predictor and full polynomials fit the points, and predict each from the others (Table 4).
-
-    The predictor comes first, then full polynomials of degrees from 1 up, each without and with ridge.
-    """
-    rows = [_row(f"rank {rank}", degree, 0.0, partial(fit, rank=rank, degree=degree), points, values)]
-    for own in range(1, degree + 1):
-        for penalty in (0.0, ridge):
-            fitter = partial(full, degree=own, ridge=penalty)
-            rows.append(_row("full", own, penalty, fitter, points, values))
-    return rows
-
-
-def _row(kind: str, degree: int, ridge: float, fitter: Fitter, points: ArrayLike, values: ArrayLike) -> Row:
-    rows, targets = _checked(points, values)
-    train = relative_error(fitter(rows, targets)(rows), targets)
-    return Row(kind, degree, ridge, train, relative_error(left_out(fitter, rows, targets), targets))
-
-
-def on_axis(dimension: Dimension, x: ArrayLike) -> Array:
-    """Points (N, 3) with these shares (N,) along one dimension, the other two at 1."""
-    shares = np.atleast_1d(np.asarray(x, dtype=np.float64))
-    points = np.ones((len(shares), 3))
-    points[:, DIMENSIONS.index(dimension)] = shares
-    return points
-
-
-def distinct(shares: Array) -> int:
-    """How many different ones there are among shares (N,)."""
-    return 1 + int((np.diff(np.sort(shares)) > SAME).sum())
-
-
-def _checked(points: ArrayLike, values: ArrayLike) -> tuple[Array, Array]:
-    rows, targets = np.asarray(points, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if rows.size == 0:
-        raise RunError("there is no point to fit to; collect at least one round along one dimension")
-    if rows.ndim != 2 or rows.shape[1] != 3 or targets.shape != rows.shape[:1]:
-        raise ValueError(f"points (N, 3) and values (N,) expected, not {rows.shape} and {targets.shape}")
-    for row, target in zip(rows, targets, strict=True):
-        if not (np.isfinite(target) and np.isfinite(row).all()):
-            raise RunError(
-                f"the value at {_words(row)} is {target}, which nothing can be fitted to; "
-                "see how the training of that network went"
-            )
-    return rows, targets
-
-
-def _words(row: Sequence[float] | Array) -> str:
-    """A point as a message has it."""
-    return ", ".join(f"{name} {share:.3g}" for name, share in zip(DIMENSIONS, row, strict=True))
-
-
-def _vector(values: Array) -> Vector:
-    return tuple(float(value) for value in values)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from optpipe.errors import RunError
 from optpipe.methods.three_d import cost, optimum
+from optpipe.methods.three_d.collect import Made
 from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.ends import Axis, Costed
+from optpipe.methods.three_d.measured import MeasuredSurface, fit_measured
 from optpipe.methods.three_d.meter import Meter, Reading
-from optpipe.methods.three_d.predictor import Predictor, Smooth
+from optpipe.methods.three_d.points import Smooth
+from optpipe.methods.three_d.predictor import Predictor
 from optpipe.methods.three_d.space import Level, Share, Space
 from optpipe.types import Answer, Request, Trial
+
+Making = Callable[[Level], Generator[Sequence[Request], Sequence[Answer], Made]]
+"""How a network of a level is made."""
 
 CLOSE = 0.01
 """A network of which the cost is predicted as closely, relative to its own, needs no correction."""
@@ -28,6 +33,7 @@ class Attempt:
     """A network that was taken for the best, what was predicted of it, and what building it showed."""
 
     level: Level
+    made: Made
     candidate: optimum.Candidate
     reading: Reading
     meets: bool
@@ -54,22 +60,6 @@ class Settled:
     costed: tuple[Costed, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """A cost surface times a factor: exact at the network that was measured last."""
-
-    surface: cost.CostSurface
-    factor: float
-
-    def __call__(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Costs (N,) at points (N, 3)."""
-        return self.surface(points) * self.factor
-
-    def gradient(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Their partial derivatives (N, 3)."""
-        return self.surface.gradient(points) * self.factor
-
-
 def settle(
     space: Space,
     axes: Sequence[Axis],
@@ -77,6 +67,7 @@ def settle(
     costed: Sequence[Costed],
     meter: Meter,
     config: Config,
+    making: Making,
 ) -> Generator[Sequence[Request], Sequence[Answer], Settled]:
     """Seek the optimum, build it, and seek again on a corrected surface until it costs what is allowed.
 
@@ -92,21 +83,22 @@ def settle(
     # The whole interval must be within the budget, so the middle is sought as far below it as is usual here.
     aim = meter.allowed - _half_width(known)
     while True:
-        surface = Scaled(_surface(space, known, config), factor)
+        surface = replace(surface_of(space, known, config), factor=factor)
         best = _best(space, axes, predictor, surface, aim, [one.level for one in attempts])
         if best is None:
             break  # all that are predicted to meet it were built
         level, candidate = best
-        (answer,) = yield [meter.ask(space.plan(level))]
+        made = yield from making(level)
+        (answer,) = yield [meter.ask(made.plan)]
         reading = meter.read(cast(Trial, answer))
         meets = meter.meets(reading) or config.cost == "formula"
-        attempt = Attempt(level, candidate, reading, meets)
+        attempt = Attempt(level, made, candidate, reading, meets)
         attempts.append(attempt)
         close = abs(attempt.off) <= CLOSE
         if config.cost == "formula" or (meets and close) or len(attempts) > config.corrections:
             break
         known.append(Costed(level, reading))
-        refitted = _surface(space, known, config)
+        refitted = surface_of(space, known, config)
         factor = reading.ratio / float(refitted([candidate.point])[0])
         if not meets and close:  # only the interval reaches beyond: aim a little lower
             aim -= reading.high - meter.allowed
@@ -119,11 +111,12 @@ def settle(
     return Settled(tuple(attempts), chosen, surface, found, lower, tuple(known))
 
 
-def _surface(space: Space, known: Sequence[Costed], config: Config) -> cost.CostSurface:
+def surface_of(space: Space, known: Sequence[Costed], config: Config) -> MeasuredSurface:
+    """The cost surface of networks whose costs are known."""
     if config.cost == "formula":
-        return cost.formula()
+        return MeasuredSurface(cost.formula())
     points = np.array([space.share(one.level) for one in known])
-    return cost.fit_cost(points, np.array([one.reading.ratio for one in known]))
+    return fit_measured(points, np.array([one.reading.ratio for one in known]))
 
 
 def _half_width(known: Sequence[Costed]) -> float:
@@ -142,7 +135,7 @@ def _best(
     space: Space,
     axes: Sequence[Axis],
     predictor: Predictor,
-    surface: Scaled,
+    surface: Smooth,
     aim: float,
     tried: Sequence[Level],
 ) -> tuple[Level, optimum.Candidate] | None:

@@ -24,6 +24,16 @@ class Level:
     ratio: float
     size: tuple[int, int]
 
+    def is_within(self, other: Level) -> bool:
+        """Whether the other takes out all that this does."""
+        return self.dropped <= other.dropped and self.ratio >= other.ratio and self.size >= other.size
+
+    def equals(self, other: Level, dimension: Dimension) -> bool:
+        """Whether both take out equally much along a dimension."""
+        if dimension == "depth":
+            return self.dropped == other.dropped
+        return self.ratio == other.ratio if dimension == "width" else self.size == other.size
+
 
 @dataclass(frozen=True, slots=True)
 class Space:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from optpipe import graph
-from optpipe.methods.three_d import cost
 from optpipe.methods.three_d.collect import Point
+from optpipe.methods.three_d.comparison import comparison, left_out
 from optpipe.methods.three_d.config import Config
+from optpipe.methods.three_d.cost import fit_cost
 from optpipe.methods.three_d.ends import Axis, Costed
+from optpipe.methods.three_d.measured import fit_measured
 from optpipe.methods.three_d.meter import Meter
 from optpipe.methods.three_d.optimum import Candidate
-from optpipe.methods.three_d.predictor import comparison, left_out
 from optpipe.methods.three_d.settle import Settled
 from optpipe.methods.three_d.space import Level, Space, counts
 from optpipe.types import Cell, Plan, Table
@@ -90,11 +91,14 @@ def predictors(found: Sequence[Point], config: Config) -> Table:
 
 
 def surface(space: Space, settled: Settled, meter: Meter) -> Table:
-    """The cost surface at every network that was built or counted, from all and from the others alone."""
+    """The cost at every network that was built or counted, beside the smooth fit and what the others tell.
+
+    The surface that the optimum is sought on is exact along the axes: its own errors there say nothing.
+    """
     shares = np.array([space.share(one.level) for one in settled.costed])
     values = np.array([one.reading.ratio for one in settled.costed])
-    fitted = cost.fit_cost(shares, values)(shares)
-    others = left_out(cost.fit_cost, shares, values)
+    fitted = fit_cost(shares, values)(shares)
+    others = left_out(fit_measured, shares, values)
     rows: list[tuple[Cell, ...]] = []
     for one, share, own, left in zip(settled.costed, shares, fitted, others, strict=True):
         reading = one.reading
@@ -110,7 +114,7 @@ def surface(space: Space, settled: Settled, meter: Meter) -> Table:
             )
         )
     columns = (
-        "d", "w", "r", "blocks dropped", "size", f"{meter.what} left", "low", "high", "fit off by",
+        "d", "w", "r", "blocks dropped", "size", f"{meter.what} left", "low", "high", "smooth fit off by",
         "left out, off by",
     )  # fmt: skip
     return Table(f"The surface of the {meter.what}", columns, tuple(rows))
