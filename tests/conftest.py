@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optpipe import cli
 from optpipe.report import schema
 from optpipe.types import Budget, Fingerprint, Latency, Plan, Quality, Table, Target, Tune
 
@@ -124,3 +125,22 @@ def write_onnx(tmp_path: Path) -> WriteOnnx:
         return path
 
     return write
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def optpipe(capsys: pytest.CaptureFixture[str]) -> Call:
+    """A function that runs a command line, and returns exit code, stdout and stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code: int | str | None = 0
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return call

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import WriteOnnx, make_report
+from conftest import Call, WriteOnnx, make_report
 
 from optpipe import __version__, bench, cli
 from optpipe.data import Preprocess
@@ -26,24 +25,6 @@ from optpipe.report import build
 from optpipe.types import Fingerprint, Plan, Target
 
 ROOT = Path(__file__).resolve().parents[1]
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def optpipe(capsys: pytest.CaptureFixture[str]) -> Call:
-    """A function that runs a command line, and returns exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        code: int | str | None = 0
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        assert isinstance(code, int)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from optpipe.types import Answer, Request, Trial
 Making = Callable[[Level], Generator[Sequence[Request], Sequence[Answer], Made]]
 """How a network of a level is made."""
 
-CLOSE = 0.01
+CLOSE = 0.02
 """A network of which the cost is predicted as closely, relative to its own, needs no correction."""
 
 
@@ -84,7 +84,12 @@ def settle(
     aim = meter.allowed - _half_width(known)
     while True:
         surface = replace(surface_of(space, known, config), factor=factor)
-        best = _best(space, axes, predictor, surface, aim, [one.level for one in attempts])
+        try:
+            best = _best(space, axes, predictor, surface, aim, [one.level for one in attempts])
+        except RunError:
+            if not any(one.meets for one in attempts):
+                raise
+            best = None
         if best is None:
             break  # all that are predicted to meet it were built
         level, candidate = best
