@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -9,9 +10,14 @@ import pytest
 from numpy.typing import NDArray
 
 from optpipe.errors import RunError
+from optpipe.methods.three_d import tables
+from optpipe.methods.three_d.collect import Point
 from optpipe.methods.three_d.comparison import comparison, full, left_out, relative_error
+from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.points import on_axis
 from optpipe.methods.three_d.predictor import Predictor, fit
+from optpipe.methods.three_d.space import Level
+from optpipe.types import Plan, Quality
 
 Array = NDArray[np.float64]
 
@@ -78,8 +84,10 @@ def test_a_fit_gives_the_accuracy_to_depth_and_leaves_the_other_factors_one_at_o
 def test_a_sum_of_two_products_needs_rank_two() -> None:
     d, w, r = GRID.T
     values = 0.4 * d * (2 - w) * r + 0.3 * (1.5 - d) * w * (2 - r)
-    assert np.abs(fit(GRID, values, rank=2, degree=1)(GRID) - values).max() < 1e-5
-    assert np.abs(fit(GRID, values, rank=1, degree=1)(GRID) - values).max() > 0.02
+    # It falls as the width grows, from 0.925 to 0.7 with the others at 1.
+    plain = partial(fit, degree=1, monotone=False)
+    assert np.abs(plain(GRID, values, rank=2)(GRID) - values).max() < 1e-5
+    assert np.abs(plain(GRID, values, rank=1)(GRID) - values).max() > 0.02
 
 
 def test_a_dimension_that_does_not_vary_has_the_factor_one() -> None:
@@ -150,6 +158,100 @@ def test_ridge_shrinks_the_constant_too() -> None:
     # (t - 0.8)^2 twice plus 2 t^2 is least where 2 t - 1.6 + 2 t = 0.
     found = full([(1.0, 1.0, 1.0)] * 2, [0.8, 0.8], degree=3, ridge=2.0)
     assert np.array(found.coefficients).ravel().tolist() == pytest.approx([0.4])
+
+
+# ---------------------------------------------------------------- kept from falling
+
+# Accuracies of a network that little is taken out of: nothing lost but at the least width.
+FEW = np.array(
+    [(1.0, 1.0, 1.0), (1.0, 0.625, 1.0), (1.0, 0.375, 1.0), (1.0, 0.1875, 1.0)]
+    + [(d, 1.0, 1.0) for d in (0.9, 0.7, 0.5)]
+    + [(1.0, 1.0, r) for r in (0.9, 0.75, 0.5)]
+)
+LOST = np.where(FEW[:, 1] < 0.2, 0.947, 1.0)
+
+
+def fall(curve: Array) -> float:
+    """The most that a curve is below what it was at a smaller share."""
+    return float((np.maximum.accumulate(curve) - curve).max())
+
+
+def test_between_few_points_the_predictor_neither_swings_nor_exceeds_what_was_measured() -> None:
+    shares = np.linspace(0.1875, 1.0, 400)
+    found, plain = (fit(FEW, LOST, monotone=monotone).along("width", shares) for monotone in (True, False))
+    print(f"to {found.max():.4f}, falls {fall(found):.5f}; plain {plain.max():.4f}, {fall(plain):.4f}")
+    assert found.max() < 1.002
+    assert fall(found) < 0.001
+    assert plain.max() > 1.006
+    assert fall(plain) > 0.015
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_noise_along_every_axis_makes_the_predictor_fall_along_none(rank: int) -> None:
+    values = CUBICS(AXES) + 0.02 * np.random.default_rng(5).standard_normal(len(AXES))
+    lows = {"depth": DEPTHS[0], "width": WIDTHS[0], "resolution": SIZES[0]}
+    axes = [on_axis(dimension, np.linspace(lows[dimension], 1.0, 200)) for dimension in DIMENSIONS]
+    found, plain = (fit(AXES, values, rank=rank, monotone=monotone) for monotone in (True, False))
+    assert max(fall(found(axis)) for axis in axes) < 0.001
+    assert max(fall(plain(axis)) for axis in axes) > 0.01
+    assert found([(1.0, 1.0, 1.0)])[0] < values.max() + 0.002
+
+
+@pytest.mark.parametrize("points", [GRID, AXES], ids=["grid", "axes"])
+def test_what_does_not_fall_by_itself_is_fitted_as_by_plain_least_squares(points: Array) -> None:
+    values = CUBICS(points)
+    found, plain = fit(points, values), fit(points, values, monotone=False)
+    assert np.abs(found(GRID) - plain(GRID)).max() < 1e-6
+
+
+def test_without_it_a_cubic_goes_through_four_points() -> None:
+    # 1 + c (w - 1) (w - 0.625) (w - 0.375), with c such that it is 0.947 at 0.1875.
+    through = [1.0, 0.625, 0.375]
+    w = np.linspace(0.1875, 1.0, 50)
+    c = -0.053 / np.prod([0.1875 - one for one in through])
+    expected = 1 + c * np.prod([w - one for one in through], axis=0)
+    assert fit(FEW, LOST, monotone=False).along("width", w).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_of_a_noisy_truth_the_predictor_tells_more_when_it_is_kept_from_falling() -> None:
+    lows = (0.4, 0.2, 0.5)
+    points = np.ones((13, 3))
+    for axis, low in enumerate(lows):
+        points[1 + 4 * axis : 5 + 4 * axis, axis] = np.linspace(low, 1.0, 5)[:-1]
+    inside = np.random.default_rng(0).uniform(lows, 1.0, (400, 3))
+
+    def truth(x: Array) -> Array:
+        """Flat near the original, as networks are that have parts to spare."""
+        return np.asarray(0.93 * np.prod(1 - np.array([0.25, 0.35, 0.2]) * (1 - x) ** 3, axis=1))
+
+    def errors(monotone: bool) -> float:
+        squares = []
+        for seed in range(20):
+            noise = 0.01 * np.random.default_rng(seed).standard_normal(len(points))
+            found = fit(points, truth(points) + noise, monotone=monotone, starts=1)
+            squares.append(np.sqrt(np.mean((found(inside) - truth(inside)) ** 2)))
+        return float(np.mean(squares))
+
+    kept, plain = errors(monotone=True), errors(monotone=False)
+    print(f"off by {kept:.4f} in the mean of 20 seeds, plain least squares by {plain:.4f}")
+    assert kept < 0.9 * plain
+
+
+def test_the_comparison_keeps_the_predictor_alone_from_falling() -> None:
+    kept, plain = (comparison(FEW, LOST, degree=2, monotone=monotone) for monotone in (True, False))
+    assert kept[0].train_error > plain[0].train_error
+    assert kept[1:] == plain[1:]
+
+
+def test_the_reports_table_shows_the_predictor_as_the_recipe_has_it() -> None:
+    level = Level(0, 1.0, (32, 32))
+    points = [
+        Point((), 1, level, (d, w, r), Plan(), Quality("top1", value, (0.9, 1.0), 100, "held out"))
+        for (d, w, r), value in zip(FEW.tolist(), LOST.tolist(), strict=True)
+    ]
+    for monotone in (True, False):
+        shown = tables.predictors(points, Config(degree=2, monotone=monotone))
+        assert shown.rows[0][3] == comparison(FEW, LOST, degree=2, monotone=monotone)[0].train_error
 
 
 # ---------------------------------------------------------------- judging
@@ -262,7 +364,18 @@ def test_on_the_papers_grid_points_left_out_are_predicted_better_at_rank_1_than_
 def test_on_the_axes_alone_the_two_cannot_be_told_apart() -> None:
     # Along an axis both are any cubic, equal at the original: what differs is what they say off the axes.
     points, accuracies = POINTS[ON_AXES], ACCURACIES[ON_AXES]
-    assert left_out(fit, points, accuracies) == pytest.approx(left_out(full, points, accuracies), abs=1e-3)
+    plain = left_out(partial(fit, monotone=False), points, accuracies)
+    assert plain == pytest.approx(left_out(full, points, accuracies), abs=1e-3)
+
+
+def test_on_the_papers_axes_keeping_the_predictor_from_falling_predicts_more_of_what_was_left_out() -> None:
+    points, accuracies = POINTS[ON_AXES], ACCURACIES[ON_AXES]
+    errors = {
+        monotone: relative_error(left_out(partial(fit, monotone=monotone), points, accuracies), accuracies)
+        for monotone in (True, False)
+    }
+    print(f"left out on the axes: {errors[True]:.3%}, plain least squares {errors[False]:.3%}")
+    assert errors[True] < errors[False]
 
 
 def test_the_full_cubic_from_the_papers_axes_is_far_off_elsewhere() -> None:

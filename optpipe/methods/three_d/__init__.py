@@ -17,7 +17,8 @@ T or its root. The optimum is sought among networks that can be built; the const
 dense grid say where it lies when depth, width and resolution are continuous. Accuracies are taken on images
 held out of the calibration set. The point (1, 1, 1) is fine-tuned for a round like the others. The result is
 made of the nearest network that was trained on the way, not of the original (``begin``). Blocks are
-ordered by the skill that a linear probe gains, not by its accuracy.
+ordered by the skill that a linear probe gains, not by its accuracy. The predictor is kept from falling where
+less is taken out (``monotone``).
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ def _together(
     begun = trained if config.begin == "nearest" else ()
     shares = np.array([point.share for point in points])
     accuracies = np.array([point.quality.value for point in points])
-    fitted = predictor.fit(shares, accuracies, config.rank, config.degree, scene.seed)
+    fitted = predictor.fit(shares, accuracies, config.rank, config.degree, scene.seed, config.monotone)
     choices = _choices(axes, known)
     make = partial(making.towards, begun)
     settled = yield from settle(space, axes, fitted, choices, meter, config, make)

@@ -92,13 +92,21 @@ def relative_error(predicted: ArrayLike, values: ArrayLike) -> float:
 
 
 def comparison(
-    points: ArrayLike, values: ArrayLike, rank: int = 1, degree: int = 3, ridge: float = 1e-3
+    points: ArrayLike,
+    values: ArrayLike,
+    rank: int = 1,
+    degree: int = 3,
+    ridge: float = 1e-3,
+    *,
+    monotone: bool = False,
 ) -> list[Row]:
     """How the predictor and full polynomials fit the points, and predict each from the others (Table 4).
 
     The predictor comes first, then full polynomials of degrees from 1 up, each without and with ridge.
+    ``monotone`` is that of :func:`fit`, for the predictor; the table in the paper is without.
     """
-    rows = [_row(f"rank {rank}", degree, 0.0, partial(fit, rank=rank, degree=degree), points, values)]
+    own_fit = partial(fit, rank=rank, degree=degree, monotone=monotone)
+    rows = [_row(f"rank {rank}", degree, 0.0, own_fit, points, values)]
     for own in range(1, degree + 1):
         for penalty in (0.0, ridge):
             fitter = partial(full, degree=own, ridge=penalty)

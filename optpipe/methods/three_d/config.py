@@ -18,7 +18,8 @@ class Config:
     ``epochs`` for how long each time. ``inside``: whether networks between the dimensions are trained too,
     since points on the axes alone tell no product of polynomials from any other. ``validation``: the share
     of the calibration images that these trainings never see, on which their accuracy is taken. ``rank`` and
-    ``degree`` are R and K of Eq. 7.
+    ``degree`` are R and K of Eq. 7. ``monotone`` keeps predicted accuracy from falling where less is taken
+    out; false is the paper's least squares.
 
     ``begin``: "nearest" makes the result of that network trained on the way which has most of it taken out
     already, so that those trainings are not lost; "original" of the original, as the paper does.
@@ -37,6 +38,7 @@ class Config:
     validation: float = 0.2
     rank: int = 1
     degree: int = 3
+    monotone: bool = True
     begin: Literal["nearest", "original"] = "nearest"
     cost: Literal["measured", "formula"] = "measured"
     widths: Literal["measured", "any"] = "measured"

@@ -84,7 +84,7 @@ def predictors(found: Sequence[Point], config: Config) -> Table:
     values = np.array([point.quality.value for point in found])
     rows: list[tuple[Cell, ...]] = [
         (row.kind, row.degree, row.ridge, row.train_error, row.left_out_error)
-        for row in comparison(shares, values, config.rank, config.degree)
+        for row in comparison(shares, values, config.rank, config.degree, monotone=config.monotone)
     ]
     columns = ("predictor", "degree", "ridge", "error on the points", "error on points left out")
     return Table("Accuracy predictors", columns, tuple(rows))
