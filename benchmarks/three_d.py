@@ -6,9 +6,10 @@
 Each row is an ordinary ``optpipe run`` in a process of its own, seed 0 of all rows first; a run that is done
 is not repeated, one that was stopped goes on, and one that failed is a row that says why. Rows are written as
 they come. ``--scale`` is the number of epochs of the last fine-tuning; each of the 17 trainings that the
-three dimensions are learnt in takes half as many, as the paper's 40 and 80 do (``--paper``). One dimension alone
-learns nothing beforehand: its recovery takes the epochs of those rounds too. Whatever is no default, the
-network or the scale, goes into the names of runs and results, so that no trial run overwrites results.
+three dimensions are learnt in takes a tenth of it, as in the recipe for a CPU, or with ``--paper`` half, 40
+of 80. One dimension alone learns nothing beforehand: its recovery takes the epochs of those trainings too.
+Whatever is no default, the network or the scale, goes into the names of runs and results, so that no trial
+run overwrites results.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks import runs
 from benchmarks.runs import ROOT, Facts
 from benchmarks.runs_tables import cells
 from benchmarks.three_d_rows import KEPT, POINTS, Figures, Job, Record, Row, Settings, Variant
-from benchmarks.three_d_tables import PAPER_EPOCHS, markdown
+from benchmarks.three_d_tables import PAPER_EPOCHS, epochs_of_training, markdown
 from optpipe.errors import OptpipeError, RunError, UsageError
 from optpipe.report import build, schema
 
@@ -123,11 +124,11 @@ def jobs_of(arguments: argparse.Namespace, recipe: Path) -> Iterator[Job]:
 def training(variant: Variant, epochs: float) -> tuple[str, ...]:
     """What a configuration is and how long it trains.
 
-    ``epochs`` are those of the last fine-tuning of several dimensions, after ``TRAININGS`` trainings of half
-    as many on the images that are not held out. A single dimension has as many epochs in its recovery alone:
+    ``epochs`` are those of the last fine-tuning of several dimensions, after ``TRAININGS`` shorter trainings on
+    the images that are not held out. A single dimension has as many epochs in its recovery alone:
     the same number of steps, but that each short training's last step may be a part of one.
     """
-    a_round = epochs / 2
+    a_round = epochs_of_training(epochs)
     if len(variant.dimensions) == 1:
         epochs += TRAININGS * a_round * (1 - VALIDATION)
     return (

@@ -65,7 +65,7 @@ def levels() -> list[Level]:
 @pytest.fixture(scope="module")
 def method_tables() -> tuple[Table, ...]:
     """The tables as the method itself makes them: one network was built, 2% dearer than predicted."""
-    space = Space((3, 32, 32), 27, (), (), graph.WidthMap((), (), (), (), ()), (), 2)
+    space = Space((3, 32, 32), 27, (), (), graph.WidthMap((), (), (), (), ()), (), ())
     points, costed = [], []
     for number, level in enumerate(levels()):
         d, w, r = share = space.share(level)
@@ -144,19 +144,19 @@ def test_every_command_binds_to_the_recipe_and_the_method(tmp_path: Path, table:
             (0.5, None) if table == "macs" else (None, 0.35)
         )
         config = recipes.bind(Config, loaded.method, path, "method")
-        assert (config.dimensions, config.rounds, config.epochs) == (job.variant.dimensions, 4, 2.0)
+        assert (config.dimensions, config.rounds, config.epochs) == (job.variant.dimensions, 4, 0.4)
 
 
 def test_all_configurations_train_for_the_same_number_of_steps(tmp_path: Path) -> None:
-    """4660 images, 3728 of them in the trainings: 17 times 59 steps and 146 against 1136 in one recovery."""
+    """4660 images, 3728 of them in the trainings: 17 times 12 steps and 146 against 344 in one recovery."""
     steps: dict[str, int] = {}
     for job in jobs(tmp_path, "latency", "--seeds", "0"):
         path = next(Path(word) for word in job.command if word.endswith(".toml"))
         loaded = recipes.load(path, [f"{key}={value}" for key, value in overrides(job).items()])
         recover = recipes.recovery(plugins.method("three_d").RECOVER, loaded.recover, path)
         steps[job.variant.name] = tune.with_steps(recover, 4660).steps
-    assert steps == {"together": 146, "depth": 1136, "width": 1136, "resolution": 1136}
-    assert 17 * 59 + 146 - 1136 < 17  # each training rounds up
+    assert steps == {"together": 146, "depth": 344, "width": 344, "resolution": 344}
+    assert 17 * 12 + 146 - 344 < 17  # each training rounds up
 
 
 def test_the_papers_scale_is_40_and_80_epochs(tmp_path: Path) -> None:
@@ -360,4 +360,4 @@ def test_the_whole_has_the_paper_beside_it_and_says_what_failed(method_tables: t
     assert "| depth only (DBP) | 93.27 | -0.42 | -52% |" in text
     assert "| together | 2 | 93.10 ± 0.14 | -0.75 ± 0.14 | 50.0 ± 0.0 | 40.0 ± 0.0% |" in text
     assert "- width, seed 0: no ratio of channels is clearly faster" in text
-    assert "for 2 epochs at a time, and its result for 4 (the paper: 40 and 80" in text
+    assert "for 0.4 epochs at a time, and its result for 4 (the paper: 40 and 80" in text
