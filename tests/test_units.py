@@ -542,6 +542,15 @@ def test_a_network_that_takes_multiples_alone_takes_smaller_images_and_refuses_o
         graph.apply(model, Plan(input_hw=(30, 30)), shape)
 
 
+def test_of_many_sizes_those_that_a_network_takes_are_found_one_by_one() -> None:
+    heights = [(size, size) for size in range(31, 0, -1)]
+    pooling = graph.sizes_taken(zoo.build("vgg11_cifar"), CIFAR, heights)  # four poolings by 2
+    assert pooling == tuple((size, size) for size in range(31, 15, -1))
+    stepping = graph.sizes_taken(Headed("multiples"), (3, 40, 40), [(32, 24), (30, 24), (24, 20), (8, 8)])
+    assert stepping == ((32, 24), (8, 8))
+    assert graph.sizes_taken(Headed("flattened"), CIFAR, heights[3:]) == ()
+
+
 @pytest.mark.slow
 def test_torchvisions_vgg_takes_smaller_images() -> None:
     assert graph.inspect(torchvision.models.vgg11(weights=None), (3, 64, 64)).fixed_size == ""

@@ -16,7 +16,7 @@ from optpipe.graph.gates import Gated
 from optpipe.graph.probes import UnitScore, unit_discrimination
 from optpipe.graph.refit import refit_errors
 from optpipe.graph.rescale import rescale
-from optpipe.graph.resolution import fixed_size, image_shape
+from optpipe.graph.resolution import fixed_size, image_shape, sizes_taken
 from optpipe.graph.scales import channel_scales, keep_largest, scale_sources
 from optpipe.graph.stages import observe, stage_readers
 from optpipe.graph.structure import structure_key
@@ -44,6 +44,7 @@ __all__ = [
     "refit_errors",
     "rescale",
     "scale_sources",
+    "sizes_taken",
     "split",
     "stage_readers",
     "structure_key",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Iterable
+
+from torch import fx, nn
 
 from optpipe.errors import UsageError
-from optpipe.graph.trace import propagate, shape
+from optpipe.graph.trace import propagate, shape, trace
 from optpipe.types import Plan
 
 
@@ -50,6 +52,18 @@ def fixed_size(traced: fx.GraphModule, input_shape: tuple[int, int, int]) -> str
             return ""
         refusals.append(f"an image of {size[1]}x{size[2]} fails {refusal}")
     return refusals[0] if refusals else "an image of one pixel cannot be made smaller"
+
+
+def sizes_taken(
+    model: nn.Module, input_shape: tuple[int, int, int], sizes: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Those of these sizes (H, W) of images that the network takes, in their order.
+
+    Each is tried by itself: a network that pools often refuses the small ones, one that takes multiples of
+    its total stride alone refuses those between. Raises UsageError for a model that cannot be traced.
+    """
+    traced = trace(model, input_shape)
+    return tuple(size for size in sizes if not _refusal(traced, (input_shape[0], *size)))
 
 
 def _smaller(input_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:

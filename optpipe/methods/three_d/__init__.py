@@ -40,7 +40,7 @@ from optpipe.methods.three_d.ends import Axis, Costed
 from optpipe.methods.three_d.images import Split, split
 from optpipe.methods.three_d.meter import Meter, Reading, meter_of
 from optpipe.methods.three_d.settle import settle
-from optpipe.methods.three_d.space import Level, Space, combined, default_step
+from optpipe.methods.three_d.space import Level, Space, combined, default_step, sizes_below
 from optpipe.types import (
     Answer,
     Budget,
@@ -221,9 +221,28 @@ def _survey(
         order=tuple(one.name for one in probes),
         widths=widths,
         scores=graph.channel_scales(scene.model, widths),
-        step=config.resolution_step or default_step(shape[1]),
+        sizes=_sizes(scene, config),
     )
     return space, probes
+
+
+def _sizes(scene: Scene, config: Config) -> tuple[tuple[int, int], ...]:
+    """The sizes of images below the original's that it takes.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if "resolution" not in config.dimensions:
+        return ()
+    shape = scene.graph.input_shape
+    step = config.resolution_step or default_step(shape[1])
+    taken = graph.sizes_taken(scene.model, shape, sizes_below(shape[1:], step))
+    if not taken:
+        raise UsageError(
+            f"[method] resolution_step = {step}: no multiple of it is below the images' {shape[1]} pixels "
+            "and taken by the network; lower it"
+        )
+    return taken
 
 
 def _axes(
@@ -232,11 +251,6 @@ def _axes(
     """Each dimension that is searched, down to where it alone meets the budget."""
     found: list[Axis] = []
     for dimension in (one for one in DIMENSIONS if one in config.dimensions):
-        if not space.levels(dimension):
-            raise UsageError(
-                f"[method] resolution_step = {space.step}: no multiple of it is below the images' "
-                f"{space.input_shape[1]} pixels; lower it"
-            )
         if config.cost == "formula" and len(config.dimensions) > 1:
             found.append(ends.by_formula(space, dimension, meter.allowed))
         elif dimension == "width" and config.widths == "measured" and meter.what == "latency":

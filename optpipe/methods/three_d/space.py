@@ -41,7 +41,7 @@ class Space:
 
     ``blocks`` are all of its units of depth, whether they can be dropped or not; ``order`` those that can,
     the least important first, ``units`` the same in execution order. ``scores`` has the importance of each
-    channel of each group of ``widths``.
+    channel of each group of ``widths``; ``sizes`` are those below the original's that it takes, falling.
     """
 
     input_shape: tuple[int, int, int]
@@ -50,7 +50,7 @@ class Space:
     order: tuple[str, ...]
     widths: graph.WidthMap
     scores: tuple[tuple[float, ...], ...]
-    step: int
+    sizes: tuple[tuple[int, int], ...]
 
     @property
     def whole(self) -> Level:
@@ -64,10 +64,7 @@ class Space:
         if dimension == "width":
             ratios = [part / SIXTEENTHS for part in range(SIXTEENTHS - 1, 0, -1)]
             return tuple(replace(self.whole, ratio=ratio) for ratio in ratios)
-        height, width = self.whole.size
-        heights = range(height - 1, 0, -1)
-        sizes = [(h, max(1, round(width * h / height))) for h in heights if h % self.step == 0]
-        return tuple(replace(self.whole, size=size) for size in sizes)
+        return tuple(replace(self.whole, size=size) for size in self.sizes)
 
     def share(self, level: Level) -> Share:
         """(d, w, r) of Eq. 2."""
@@ -114,6 +111,13 @@ def keep(widths: graph.WidthMap, scores: Sequence[Sequence[float]], ratio: float
         if count < group.channels:
             found.append((group.name, graph.keep_largest(own, count, blocks)))
     return tuple(found)
+
+
+def sizes_below(whole: tuple[int, int], step: int) -> list[tuple[int, int]]:
+    """The sizes (H, W) of the same shape of which the height is a multiple of the step, falling."""
+    height, width = whole
+    heights = range((height - 1) // step * step, 0, -step)
+    return [(h, max(1, round(width * h / height))) for h in heights]
 
 
 def default_step(height: int) -> int:
