@@ -206,6 +206,18 @@ def test_a_training_goes_on_from_another(tmp_path: Path, subject: lab.Subject) -
     assert again.origins == ["reused"]
 
 
+def test_channels_of_layers_that_are_gone_already_change_nothing(bench: Bench) -> None:
+    shallow = Plan(("same.1",))
+    first = bench.trained(Train(shallow, LEARN))
+    narrow = (("same.0.conv1", (0, 3, 7)),)
+    start = Start(first.key, shallow)
+    second = bench.trained(Train(Plan(("same.1",), narrow), LEARN, start=start))
+    named = Plan(("same.1",), (*narrow, ("same.1.conv1", (1, 2))))
+    assert same_weights(bench.trained(Train(named, LEARN, start=start)).network, second.network)
+    with pytest.raises(UsageError, match=r"no channel group is named 'same\.1\.conv'"):
+        bench.trained(Train(Plan(("same.1",), (("same.1.conv", (1, 2)),)), LEARN, start=start))
+
+
 def test_weights_to_go_on_from_must_be_there(bench: Bench) -> None:
     with pytest.raises(RunError, match="the weights that a training goes on from are gone"):
         bench.trained(Train(SMALL, LEARN, start=Start("f" * 64, Plan())))

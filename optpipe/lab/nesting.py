@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optpipe import graph, store
@@ -17,7 +18,8 @@ def begin(
 ) -> tuple[fx.GraphModule, Plan]:
     """The network that a training starts with, and what is left to take out of it to come to ``plan``.
 
-    ``shape`` is (C, H, W) of the original's images.
+    ``shape`` is (C, H, W) of the original's images. Channels of layers that went with the start's units are
+    left out of what is left: as in any plan, they change nothing.
 
     Raises:
         UsageError: the start lacks something that the plan leaves in.
@@ -31,7 +33,9 @@ def begin(
     if not path.exists():
         raise RunError(f"{path}: the weights that a training goes on from are gone; start anew with --fresh")
     store.load_tensors(begun, path)
-    return begun, left
+    standing, known = dict(begun.named_modules()), dict(original.named_modules())
+    entries = [entry for entry in left.keep_channels if entry[0] in standing or entry[0] not in known]
+    return begun, replace(left, keep_channels=tuple(entries))
 
 
 def further(done: Plan, plan: Plan) -> Plan:
