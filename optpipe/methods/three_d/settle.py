@@ -24,9 +24,6 @@ from optpipe.types import Answer, Request, Trial
 Making = Callable[[Level], Generator[Sequence[Request], Sequence[Answer], Made]]
 """How a network of a level is made."""
 
-CLOSE = 0.02
-"""A network of which the cost is predicted as closely, relative to its own, needs no correction."""
-
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -72,7 +69,8 @@ def settle(
     """Seek the optimum, build it, and seek again on a corrected surface until it costs what is allowed.
 
     A correction refits the surface with what was measured, and scales it to be exact there: the next optimum
-    is mostly near. Of the networks that met the budget the one of the highest predicted accuracy is chosen.
+    is mostly near. It ends where none is predicted to be better than one that met the budget. Of those that
+    did, the one of the highest predicted accuracy is chosen.
 
     Raises:
         RunError: after the last correction none met the budget.
@@ -84,28 +82,20 @@ def settle(
     aim = meter.allowed - _half_width(known)
     while True:
         surface = replace(surface_of(space, known, config), factor=factor)
-        try:
-            best = _best(space, axes, predictor, surface, aim, [one.level for one in attempts])
-        except RunError:
-            if not any(one.meets for one in attempts):
-                raise
-            best = None
-        if best is None:
-            break  # all that are predicted to meet it were built
+        best = _best(space, axes, predictor, surface, aim, attempts)
+        if best is None or len(attempts) > config.corrections:
+            break
         level, candidate = best
         made = yield from making(level)
         (answer,) = yield [meter.ask(made.plan)]
         reading = meter.read(cast(Trial, answer))
         meets = meter.meets(reading) or config.cost == "formula"
-        attempt = Attempt(level, made, candidate, reading, meets)
-        attempts.append(attempt)
-        close = abs(attempt.off) <= CLOSE
-        if config.cost == "formula" or (meets and close) or len(attempts) > config.corrections:
+        attempts.append(Attempt(level, made, candidate, reading, meets))
+        if config.cost == "formula":
             break
         known.append(Costed(level, reading))
-        refitted = surface_of(space, known, config)
-        factor = reading.ratio / float(refitted([candidate.point])[0])
-        if not meets and close:  # only the interval reaches beyond: aim a little lower
+        factor = reading.ratio / float(surface_of(space, known, config)([candidate.point])[0])
+        if not meets and reading.ratio <= meter.allowed:  # only the interval reaches beyond
             aim -= reading.high - meter.allowed
     meeting = [one for one in attempts if one.meets]
     if not meeting:
@@ -142,25 +132,33 @@ def _best(
     predictor: Predictor,
     surface: Smooth,
     aim: float,
-    tried: Sequence[Level],
+    attempts: Sequence[Attempt],
 ) -> tuple[Level, optimum.Candidate] | None:
     """The network of the highest predicted accuracy that can be built and is predicted to meet the budget.
 
-    None where all of them were tried.
+    None where it is predicted to be no better than one that was built and met it. Raises RunError where none
+    was, and none is predicted to.
     """
     of = {axis.dimension: axis.choices for axis in axes}
     dropped = [0, *(level.dropped for level in of.get("depth", ()))]
     ratios = [1.0, *(level.ratio for level in of.get("width", ()))]
     sizes = [space.whole.size, *(level.size for level in of.get("resolution", ()))]
-    levels = {
-        space.share(level): level
-        for level in (Level(*one) for one in itertools.product(dropped, ratios, sizes))
-    }
+    every = (Level(*one) for one in itertools.product(dropped, ratios, sizes))
+    levels = {space.share(level): level for level in every}
     d, w, r = (sorted(set(shares)) for shares in zip(*levels, strict=True))
-    for candidate in optimum.realisable(predictor, surface, aim, (d, w, r)):
+    tried = [one.level for one in attempts]
+    standing = max((one.candidate.value for one in attempts if one.meets), default=None)
+    try:
+        candidates = optimum.realisable(predictor, surface, aim, (d, w, r))
+    except RunError:
+        if standing is None:
+            raise
+        return None
+    for candidate in candidates:
         level = levels[candidate.point]
         if level not in tried and level != space.whole:
-            return level, candidate
+            better = standing is None or candidate.value > standing
+            return (level, candidate) if better else None
     return None
 
 
