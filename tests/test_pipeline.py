@@ -11,16 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from whole_runs import Ran, forget, interrupt, recovered_sha256, take, write_images
 
 import optpipe
 from optpipe import (
@@ -29,7 +29,6 @@ from optpipe import (
     data,
     deploy,
     onnx_export,
-    pipeline,
     plugins,
     precision,
     preparation,
@@ -43,9 +42,9 @@ from optpipe.errors import RunError, UsageError
 from optpipe.methods import practise
 from optpipe.pipeline import engines
 from optpipe.pipeline.assembly import known_beforehand
-from optpipe.report import build, schema
+from optpipe.report import build
 from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
-from optpipe.types import DeviceState, Event
+from optpipe.types import DeviceState
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
@@ -116,12 +115,6 @@ checkpoint_every = 3
 """
 
 
-def write_images(path: Path, count: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    np.savez(path, images=images, labels=rng.integers(0, 4, count))
-
-
 def write_recipe(
     folder: Path, calibration: str = "calibration.npz", evaluation: str = "evaluation.npz"
 ) -> Path:
@@ -132,25 +125,6 @@ def write_recipe(
     path = folder / "small.toml"
     path.write_text(RECIPE.format(calibration=calibration, evaluation=evaluation))
     return path
-
-
-@dataclass
-class Ran:
-    """A finished run: its folder, its report and what it told."""
-
-    setup: preparation.Setup
-    folder: Path
-    report: schema.Report
-    events: list[Event] = field(default_factory=list)
-
-    def details(self, kind: str) -> list[tuple[str, str]]:
-        return [(event.name, event.detail) for event in self.events if event.kind == kind]
-
-
-def take(setup: preparation.Setup, folder: Path, *, fresh: bool = False) -> Ran:
-    events: list[Event] = []
-    report = pipeline.run(setup, folder, fresh=fresh, emit=events.append)
-    return Ran(setup, folder, report, events)
 
 
 @pytest.fixture(scope="module")
@@ -177,16 +151,6 @@ def copied(finished: Ran, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     shutil.copytree(finished.folder, tmp_path / "run")
     return tmp_path / "run"
-
-
-def forget(folder: Path, *stages: str) -> None:
-    """Take the results of stages away, as if the run had been killed in them."""
-    for stage in stages:
-        (folder / f"{store.STAGES.index(stage) + 1:02d}-{stage}" / "result.json").unlink()
-
-
-def recovered_sha256(folder: Path) -> str:
-    return store.file_sha256(folder / "04-recover" / "weights.safetensors")
 
 
 # ---------------------------------------------------------------- a run
@@ -454,21 +418,6 @@ INTERRUPTS: dict[str, tuple[object, str, int]] = {
     "export": (deploy, "write_bundle", 0),
     "benchmark": (engines, "reference", 0),
 }
-
-
-def interrupt(patch: pytest.MonkeyPatch, owner: object, name: str, after: int) -> None:
-    """Make a function raise KeyboardInterrupt once it was called ``after`` times."""
-    function = getattr(owner, name)
-    calls = 0
-
-    def interrupted(*arguments: Any, **named: Any) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return function(*arguments, **named)
-
-    patch.setattr(owner, name, interrupted)
 
 
 @pytest.mark.slow

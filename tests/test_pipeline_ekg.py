@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from whole_runs import Ran, interrupt, recovered_sha256, take, write_images
 
 import optpipe
-from optpipe import bank, graph, pipeline, preparation, store, tune
+from optpipe import bank, graph, preparation, store, tune
 from optpipe import recipe as recipes
 from optpipe.errors import RunError
 from optpipe.pipeline import memory
 from optpipe.pipeline import search as stages
-from optpipe.report import schema
-from optpipe.results import Analyzed
-from optpipe.types import Choice, Event, Plan, Tune
+from optpipe.types import Choice, Plan, Tune
 
 # Whole runs with real engines: the search itself is in test_ekg_search.py.
 pytestmark = pytest.mark.slow
@@ -104,40 +100,6 @@ OTHER = OTHER.replace("[recover]\n", '[recover]\nname = "ekg"\n').replace(
 )
 
 
-def write_images(path: Path, count: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    np.savez(path, images=images, labels=np.arange(count) % 4)
-
-
-@dataclass
-class Ran:
-    """A finished run: its folder, its report and what it told."""
-
-    folder: Path
-    report: schema.Report
-    events: list[Event]
-
-    @property
-    def choice(self) -> Choice:
-        analyzed = store.Run(self.folder, None).stage_result("analyze", Analyzed)
-        assert analyzed is not None
-        return analyzed.choice
-
-    def notes(self, name: str) -> list[str]:
-        return [event.detail for event in self.events if (event.kind, event.name) == ("note", name)]
-
-
-def take(setup: preparation.Setup, folder: Path) -> Ran:
-    events: list[Event] = []
-    report = pipeline.run(setup, folder, fresh=False, emit=events.append)
-    return Ran(folder, report, events)
-
-
-def recovered(folder: Path) -> str:
-    return store.file_sha256(folder / "04-recover" / "weights.safetensors")
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline_ekg")
@@ -185,6 +147,7 @@ def test_the_pruned_network_stands_on_the_weights_that_the_search_trained(
     from safetensors.torch import load_file
 
     choice = finished.choice
+    assert choice.start is not None
     trained = load_file(store.Run(finished.folder, None).weights(choice.start.key))
     pruned = load_file(finished.folder / "03-prune" / "weights.safetensors")
     kept = dict(choice.plan.keep_channels)
@@ -205,20 +168,6 @@ def test_networks_on_the_way_teach_and_their_bank_goes_when_it_has_served(
     assert not list(finished.folder.glob("04-recover/bank-*"))
 
 
-def stop(patch: pytest.MonkeyPatch, owner: object, name: str, after: int) -> None:
-    """Make a function raise KeyboardInterrupt once it was called ``after`` times."""
-    function, calls = getattr(owner, name), 0
-
-    def stopped(*arguments: Any, **named: Any) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise KeyboardInterrupt
-        return function(*arguments, **named)
-
-    patch.setattr(owner, name, stopped)
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
     [(store.DiskCheckpoint, "save", 2), (bank, "_write", 1)],
@@ -234,13 +183,13 @@ def test_a_recovery_that_was_stopped_ends_as_one_that_was_not(
     for path in folder.glob("04-recover/checkpoint-*"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, owner, name, after)
+        interrupt(patch, owner, name, after)
         with pytest.raises(KeyboardInterrupt):
             take(setup, folder)
     assert len(list(folder.glob("04-recover/bank-*"))) == 1
     again = take(setup, folder)
     assert " of the teachers stored before" in again.notes("memory bank")[0]
-    assert recovered(folder) == recovered(finished.folder)
+    assert recovered_sha256(folder) == recovered_sha256(finished.folder)
     assert again.report.plan == finished.report.plan
 
 
@@ -252,7 +201,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(
 
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, Judge, "facts", 1)
+        interrupt(patch, Judge, "facts", 1)
         with pytest.raises(KeyboardInterrupt):
             take(setup, folder)
     again = take(setup, folder)
@@ -262,7 +211,7 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(
         "computed",
     ]
     assert again.choice.plan == finished.choice.plan
-    assert recovered(folder) == recovered(finished.folder)
+    assert recovered_sha256(folder) == recovered_sha256(finished.folder)
 
 
 def test_a_budget_out_of_reach_ends_the_run_before_the_search(home: Path, tmp_path: Path) -> None:
@@ -274,11 +223,12 @@ def test_a_budget_out_of_reach_ends_the_run_before_the_search(home: Path, tmp_pa
 def test_weights_that_are_gone_end_the_run_with_what_to_do(
     tmp_path: Path, finished: Ran, setup: preparation.Setup
 ) -> None:
-    gone = store.Run(tmp_path, None)
+    gone, start = store.Run(tmp_path, None), finished.choice.start
+    assert start is not None
     with pytest.raises(RunError) as refused:
         stages.prune(setup, gone, finished.choice)
     assert str(refused.value) == (
-        f"{gone.weights(finished.choice.start.key)}: the weights that a training goes on from are gone; "
+        f"{gone.weights(start.key)}: the weights that a training goes on from are gone; "
         "start anew with --fresh"
     )
     with pytest.raises(RunError, match="start anew with --fresh"):
