@@ -290,6 +290,7 @@ def test_the_manifest_says_what_the_bundle_was_made_of(finished: Ran, setup: pre
     assert [entry.source for entry in manifest.engines] == ["model.onnx", "model.int8.onnx"]
 
 
+@pytest.mark.slow  # int8 blocks save so little that a busy machine hides it
 def test_with_int8_as_the_target_everything_is_timed_and_scored_in_int8(home: Path) -> None:
     quick = ["target.precision=int8", 'export.quantize.range_methods=["minmax"]']
     setup = preparation.prepare(recipes.load(home / "small.toml", quick))
@@ -440,7 +441,13 @@ def test_a_run_interrupted_in_every_stage_ends_as_one_that_was_not(
     assert deploy.verify(folder) == []
 
 
-@pytest.mark.parametrize("stage", store.STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=() if stage in {"analyze", "recover"} else pytest.mark.slow)
+        for stage in store.STAGES
+    ],
+)
 def test_a_run_interrupted_in_one_stage_goes_on_in_it(
     copied: Path, finished: Ran, setup: preparation.Setup, stage: str
 ) -> None:

@@ -65,7 +65,7 @@ def marks(case: Case) -> list[pytest.MarkDecorator]:
     if case.device == "cuda":
         return [pytest.mark.gpu]
     compiles = case.module.SOURCE == "program"
-    return [pytest.mark.slow] if compiles and case.precision != "fp32" else []
+    return [pytest.mark.slow] if compiles else []  # a quick look at it is in test_inductor.py
 
 
 EVERY_PRECISION = parameters(cases())

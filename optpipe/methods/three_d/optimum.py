@@ -18,7 +18,7 @@ from optpipe.methods.three_d.points import Smooth
 Array = NDArray[np.float64]
 Point = tuple[float, float, float]
 
-GRID = 61
+GRID = 41
 """Points of the dense grid along each dimension that is searched."""
 
 SLACK = 1e-6
