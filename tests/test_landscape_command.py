@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optpipe import cli, deploy, graph, landscape, pipeline, preparation, store, survey
+from optpipe import deploy, graph, landscape, pipeline, preparation, store, survey
 from optpipe import recipe as recipes
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
@@ -102,22 +102,6 @@ OPTIONS = ("--images", 2, "--points", 3, "--iterations", 3, "--grid", 3)
 NAMES = ("original", "pruned", "result")
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def optpipe(capsys: pytest.CaptureFixture[str]) -> Call:
-    """A function that runs a command line, and returns exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        code: int | str | None = 0
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        assert isinstance(code, int)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @dataclass
