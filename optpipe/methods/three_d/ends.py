@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from optpipe.methods.three_d import cost as cost_model
 from optpipe.methods.three_d.config import Dimension
 from optpipe.methods.three_d.meter import Meter, Reading
 from optpipe.methods.three_d.space import Level, Space
@@ -88,16 +89,10 @@ def widths(space: Space, meter: Meter) -> Generator[Sequence[Request], Sequence[
 def by_formula(space: Space, dimension: Dimension, allowed: float) -> Axis:
     """The axis down to where d w^2 r^2 is what is allowed: T, or its root (Algorithm 1)."""
     levels = space.levels(dimension)
-    costs = [formula_cost(space, level) for level in levels]
+    costs = cost_model.formula()([space.share(level) for level in levels])
     meeting = [index for index, ratio in enumerate(costs) if ratio <= allowed + 1e-9]
     within = levels[: meeting[0] + 1] if meeting else levels
     return Axis(dimension, within, within, (), bool(meeting))
-
-
-def formula_cost(space: Space, level: Level) -> float:
-    """d w^2 r^2 (Eq. 4)."""
-    d, w, r = space.share(level)
-    return d * w**2 * r**2
 
 
 def clearly_lower(costed: Sequence[Costed]) -> tuple[Costed, ...]:

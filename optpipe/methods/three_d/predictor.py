@@ -2,10 +2,8 @@
 
 A deliberate deviation: the fit keeps the predictor from falling along an axis as the share grows, and from
 rising above the largest accuracy. A network gains nothing by losing parts, except by noise; but a cubic
-through few points swings between them, and the optimum then lies on a swing. Accuracies of 1, 1, 1 and 0.947
-at widths 1, 0.625, 0.375 and 0.1875, and of 1 at three smaller shares of each other dimension: plain least
-squares falls to 0.987 between the first two widths and rises to 1.006 between the next; so fitted, the curve
-never falls by more than 0.0001 and ends at 1.001, at the price of errors at the points, up to 0.016. Where
+through few points swings between them, and the optimum then lies on a swing. Its price are errors at points that
+lie on a knee, which no cubic without a swing follows. Where
 plain least squares neither falls nor exceeds, the fit is the same. ``monotone=False`` is always plain
 least squares, as in the paper.
 """
