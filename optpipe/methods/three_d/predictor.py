@@ -2,10 +2,9 @@
 
 A deliberate deviation: the fit keeps the predictor from falling along an axis as the share grows, and from
 rising above the largest accuracy. A network gains nothing by losing parts, except by noise; but a cubic
-through few points swings between them, and the optimum then lies on a swing. Its price are errors at points that
-lie on a knee, which no cubic without a swing follows. Where
-plain least squares neither falls nor exceeds, the fit is the same. ``monotone=False`` is always plain
-least squares, as in the paper.
+through few points swings between them, and the optimum then lies on a swing. The price is errors at points
+that lie on a knee, which no cubic without a swing follows. Where plain least squares neither falls nor
+exceeds, the fit is the same. ``monotone=False`` is always plain least squares, as in the paper.
 """
 
 from __future__ import annotations
