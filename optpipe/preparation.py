@@ -21,7 +21,7 @@ class Setup:
     """A recipe with its modules, model and images loaded and checked. Not JSON-able.
 
     ``benches`` are several only where the fastest backend is still to be found; ``device`` is where torch
-    trains.
+    trains; ``validation`` is None where the recipe has no such images.
     """
 
     recipe: recipes.Recipe
@@ -36,6 +36,7 @@ class Setup:
     model_digest: str
     calibration: data.ImageSet
     evaluation: data.ImageSet
+    validation: data.ImageSet | None = None
 
     @property
     def bench(self) -> Workbench:
@@ -150,25 +151,18 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         recipe = dataclasses.replace(recipe, target=named)
     original = graph.trace(model, shape)
     shown = graph.inspect(original, shape)
-    evaluation = data.load_images(
-        recipe.data.evaluation, prepared, channels, recipe.folder, classes=shown.classes
-    )
+    evaluation, validation = _held_out(recipe, calibration, channels, shown.classes)
     data.check_classes(calibration, shown.classes, recipe.data.calibration.source)
-    if evaluation.shape != shape:
-        raise UsageError(
-            f"{recipe.path}: [data] evaluation: images are {evaluation.shape}, calibration images {shape}; "
-            "give [data.preprocess] size"
-        )
-    shared = data.overlap(calibration, evaluation)
-    if shared:
-        raise UsageError(
-            f"{recipe.path}: [data]: {shared} evaluation images are also calibration images; the accuracy "
-            "would flatter the result: give disjoint sets"
-        )
     if calibration.labels is None:
         _check_labels(recipe, method, recover)
+    given = recipe.data.validation
+    if validation is not None and given is not None and validation.labels is None and method.NEEDS_LABELS:
+        raise UsageError(
+            f"{recipe.path}: [method] name = {recipe.method_name!r}: needs labelled validation images, and "
+            f"{given.source} has no labels; give labels, or leave [data] validation out"
+        )
     try:
-        method.check(shown, calibration, recipe.budget, config)
+        method.check(shown, calibration, recipe.budget, config, recover, validation)
     except UsageError as error:
         raise UsageError(f"{recipe.path}: {error}") from None
     benches = tuple(
@@ -195,7 +189,40 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         model_digest=models.weights_digest(original),
         calibration=calibration,
         evaluation=evaluation,
+        validation=validation,
     )
+
+
+def _held_out(
+    recipe: recipes.Recipe, calibration: data.ImageSet, channels: int, classes: int
+) -> tuple[data.ImageSet, data.ImageSet | None]:
+    """The evaluation images and the validation images, if any; UsageError where they do not fit the others."""
+
+    def loaded(name: str, spec: data.DataSpec) -> data.ImageSet:
+        images = data.load_images(spec, recipe.data.preprocess, channels, recipe.folder, classes=classes)
+        if images.shape != calibration.shape:
+            raise UsageError(
+                f"{recipe.path}: [data] {name}: images are {images.shape}, calibration images "
+                f"{calibration.shape}; give [data.preprocess] size"
+            )
+        return images
+
+    def disjoint(name: str, images: data.ImageSet, other: str, others: data.ImageSet) -> None:
+        shared = data.overlap(others, images)
+        if shared:
+            raise UsageError(
+                f"{recipe.path}: [data]: {shared} {name} images are also {other} images; the accuracy "
+                "would flatter the result: give disjoint sets"
+            )
+
+    evaluation = loaded("evaluation", recipe.data.evaluation)
+    disjoint("evaluation", evaluation, "calibration", calibration)
+    if recipe.data.validation is None:
+        return evaluation, None
+    validation = loaded("validation", recipe.data.validation)
+    disjoint("validation", validation, "calibration", calibration)
+    disjoint("validation", validation, "evaluation", evaluation)
+    return evaluation, validation
 
 
 def _recovery_of(recipe: recipes.Recipe, method: Method) -> Tune:

@@ -37,12 +37,14 @@ class DataTable:
     """Where images come from and how they are prepared.
 
     ``evaluation`` must be there: it is never trained on, and an accuracy measured on calibration images
-    would flatter the result.
+    would flatter the result. ``validation`` is what a search may learn accuracy from, by itself disjoint from
+    both; without it a search learns from calibration images, which the original may know by heart.
     """
 
     calibration: DataSpec
     evaluation: DataSpec
     preprocess: Preprocess
+    validation: DataSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +255,9 @@ def _refuse_unknown(cls: type, table: RawTable, path: Path, where: str) -> None:
         if key not in names:
             shown = json.dumps(value, default=str)
             raise UsageError(f"{path}: [{where}] {key} = {shown}: unknown key{_nearest(key, names)}")
-        nested = hints[key]
-        if dataclasses.is_dataclass(nested) and isinstance(nested, type) and isinstance(value, Mapping):
-            _refuse_unknown(nested, value, path, f"{where}.{key}")
+        for nested in typing.get_args(hints[key]) or (hints[key],):
+            if dataclasses.is_dataclass(nested) and isinstance(nested, type) and isinstance(value, Mapping):
+                _refuse_unknown(nested, value, path, f"{where}.{key}")
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -318,7 +320,7 @@ def _check_recovery(recover: Tune, path: Path) -> None:
     ascending = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
     positive, whole = "must be above 0 and finite", "must be at least 1"
     checks: list[tuple[str, bool, str]] = [
-        ("steps", recover.epochs is not None or recover.steps > 0, positive),
+        ("steps", recover.epochs is not None or recover.steps >= 0, "must not be below 0; 0 is no recovery"),
         ("epochs", recover.epochs is None or 0 < recover.epochs < math.inf, positive),
         ("batch", recover.batch > 0, positive),
         ("lr", 0 < recover.lr < math.inf, positive),

@@ -15,6 +15,7 @@ class Inputs:
     model: str
     calibration: str
     evaluation: str
+    validation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,11 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """The recovered weights, and the loss where training began and where it ended."""
+    """The recovered weights, and the loss where training began and where it ended; None without training."""
 
     weights_sha256: str
-    loss_first: float
-    loss_last: float
+    loss_first: float | None
+    loss_last: float | None
     seconds: float
 
 

@@ -283,8 +283,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     write_atomically(path, save(copies))
 
 
-def load_tensors(model: nn.Module, path: Path) -> None:
+def load_tensors(model: nn.Module, path: Path, part: str = "") -> None:
     """Fill a network of the same structure from safetensors, in place.
+
+    With ``part`` from those tensors alone whose names begin so; their names in the network come after it.
 
     Raises:
         UsageError: the file is missing or its keys or shapes are another network's.
@@ -293,7 +295,9 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        tensors = load_file(path)
+        named = {name[len(part) :]: value for name, value in tensors.items() if name.startswith(part)}
+        model.load_state_dict(named)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     except RuntimeError as error:

@@ -454,7 +454,7 @@ def test_steps_given_alone_take_the_place_of_epochs() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"steps": 0}, "steps = 0: must be above 0 and finite"),
+        ({"steps": -1}, "steps = -1: must not be below 0; 0 is no recovery"),
         ({"epochs": 0.0}, "epochs = 0.0: must be above 0 and finite"),
         ({"batch": 0}, "batch = 0: must be above 0 and finite"),
         ({"lr": -0.1}, "lr = -0.1: must be above 0 and finite"),

@@ -71,6 +71,7 @@ class Origin:
     seed: int
     calibration_images: tuple[str, ...]
     versions: dict[str, str] = field(default_factory=dict)
+    validation_images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from optpipe.types import (
     Emit,
     EngineCount,
     Event,
+    Fit,
+    Fitted,
     Plan,
     Quality,
     Request,
@@ -106,6 +108,9 @@ class Lab:
             elif isinstance(request, Train):
                 answer, origin = self._train(request)
                 name = f"trained {plan_name(request.plan)}"
+            elif isinstance(request, Fit):
+                answer, origin = self._fit(request)
+                name = request.name
             else:
                 answer, origin = self._trial(request)
                 name = plan_name(request.plan)
@@ -202,6 +207,35 @@ class Lab:
             return quality.score(own, images.labels.numpy(), own, "calibration")
         reference = tune.logits(self._subject.original, originals, self._device).numpy()
         return quality.agreement(own, reference, "calibration")
+
+    def _fit(self, request: Fit) -> tuple[Answer, Origin]:
+        """What a method makes and trains itself; its weights stay with the run."""
+        tuning = tune.on_this_machine(request.tune, self._device)
+        key = self._key("fit", request.name, request.depends, tuning, self._device)
+        watch = timing.Stopwatch()
+        path = self._run.weights(key)
+        origin: Origin = "reused" if path.exists() else "computed"
+        module, objective = request.make()
+        if origin == "reused":
+            store.load_tensors(module, path)
+        else:
+            checkpoint = path.with_name("checkpoint.safetensors")
+            if tuning.steps:
+                tune.fit(
+                    module,
+                    objective,
+                    self._subject.calibration,
+                    tuning,
+                    seed=self._subject.seed,
+                    checkpoint=store.DiskCheckpoint(checkpoint, self._checkpoint_every),
+                    emit=self._emit,
+                    device=self._device,
+                )
+            store.save_tensors(path, module.state_dict())
+            checkpoint.unlink(missing_ok=True)
+            tune.release(self._device)
+        module.eval().requires_grad_(False)
+        return Fitted(key, module, store.file_sha256(path), watch.seconds), origin
 
     # ------------------------------------------------------------ trials
 

@@ -32,7 +32,7 @@ def begin(
     path = run.weights(start.key)
     if not path.exists():
         raise RunError(f"{path}: the weights that a training goes on from are gone; start anew with --fresh")
-    store.load_tensors(begun, path)
+    store.load_tensors(begun, path, start.part)
     standing, known = dict(begun.named_modules()), dict(original.named_modules())
     entries = [entry for entry in left.keep_channels if entry[0] in standing or entry[0] not in known]
     return begun, replace(left, keep_channels=tuple(entries))

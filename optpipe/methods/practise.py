@@ -93,7 +93,14 @@ class _Drop:
     trial: Trial
 
 
-def check(shown: ModelGraph, calibration: Images, budget: Budget, config: Config) -> None:
+def check(
+    shown: ModelGraph,
+    calibration: Images,
+    budget: Budget,
+    config: Config,
+    recover: Tune,
+    validation: Images | None = None,
+) -> None:
     """UsageError where there is nothing to drop."""
     if not shown.droppable:
         raise UsageError(
@@ -109,7 +116,7 @@ def search(scene: Scene, config: Config) -> Search:
         UsageError: the network has no droppable block, or fewer than the budget asks for.
         RunError: no plan meets the budget; says what can be reached.
     """
-    check(scene.graph, scene.calibration, scene.budget, config)
+    check(scene.graph, scene.calibration, scene.budget, config, scene.recover)
     blocks = scene.graph.droppable
     savings = yield from _time_each(blocks)
     eligible = [block.name for block in blocks if savings[block.name].low > 0]

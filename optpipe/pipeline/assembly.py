@@ -46,9 +46,7 @@ def assemble(
         recover=choice.recover,
         reason=choice.reason,
         tables=(*contested, *choice.tables, *_layer_tables(results)),
-        data=schema.DataReport(
-            len(setup.calibration), setup.calibration.digest, len(setup.evaluation), setup.evaluation.digest
-        ),
+        data=_data(setup),
         stages={name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES},
         environment=described,
         sha256={"original weights": setup.model_digest, "recovered weights": results.recover.weights_sha256}
@@ -58,6 +56,18 @@ def assemble(
         warnings=_warnings(setup, results),
         notes=(setup.selected.note,) if setup.selected.note else (),
         figures=choice.figures,
+    )
+
+
+def _data(setup: Setup) -> schema.DataReport:
+    validation = setup.validation
+    return schema.DataReport(
+        calibration_count=len(setup.calibration),
+        calibration_sha256=setup.calibration.digest,
+        evaluation_count=len(setup.evaluation),
+        evaluation_sha256=setup.evaluation.digest,
+        validation_count=0 if validation is None else len(validation),
+        validation_sha256=None if validation is None else validation.digest,
     )
 
 
@@ -106,8 +116,13 @@ def known_beforehand(setup: Setup) -> tuple[str, ...]:
             f"torch cannot use the GPU: recovery trains on the {setup.device.upper()}, which takes longer; "
             "optpipe doctor --gpu says what is missing"
         )
-    for split, images in (("calibration", setup.calibration), ("evaluation", setup.evaluation)):
-        if images.skipped:
+    sets = (
+        ("calibration", setup.calibration),
+        ("validation", setup.validation),
+        ("evaluation", setup.evaluation),
+    )
+    for split, images in sets:
+        if images is not None and images.skipped:
             names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
             total = len(images) + len(images.skipped)
             lines.append(

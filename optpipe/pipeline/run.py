@@ -67,7 +67,8 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
 
 def _check_inputs(setup: Setup, opened: store.Run) -> None:
     """Refuse to go on with another model or other images than the run was begun with."""
-    inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest)
+    validation = None if setup.validation is None else setup.validation.digest
+    inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest, validation)
     path = opened.folder / "inputs.json"
     if not path.exists():
         files.write_atomically(path, store.to_json(inputs))

@@ -62,7 +62,9 @@ def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit)
 def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Analyzed:
     """Drive the method's search against the budget."""
     recipe = setup.recipe
-    subject = Subject(setup.original, setup.model_digest, setup.calibration, recipe.run.seed)
+    subject = Subject(
+        setup.original, setup.model_digest, setup.calibration, recipe.run.seed, setup.validation
+    )
     clock = Clock(recipe.timing.tolerance, recipe.timing.budget_s)
     lab = Lab(
         opened,
@@ -83,6 +85,7 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
         seed=recipe.run.seed,
         device=setup.device,
         native_bf16=tune.native_bf16(setup.device),
+        validation=setup.validation,
     )
     try:
         choice = drive(setup.method.search(scene, setup.config), lab)
@@ -116,6 +119,10 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     candidate = graph.apply(begun, left, shape)
     if choice.recover.rescale and left.keep_channels:
         candidate = graph.rescale(begun, left, shape, candidate)
+    path = folder / store.WEIGHTS
+    if not choice.recover.steps:
+        store.save_tensors(path, candidate.state_dict())
+        return Recovered(store.file_sha256(path), None, None, 0.0)
     # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
     seed = setup.recipe.run.seed
     key = store.digest(
@@ -136,7 +143,6 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
         device=setup.device,
         teachers=teachers,
     )
-    path = folder / store.WEIGHTS
     store.save_tensors(path, candidate.state_dict())
     # On large sets the bank is the largest thing in a run, and it has served.
     shutil.rmtree(folder / f"bank-{key}", ignore_errors=True)

@@ -71,6 +71,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         recipe_sha256=store.file_sha256(opened.folder / store.RECIPE),
         seed=setup.recipe.run.seed,
         calibration_images=setup.calibration.names,
+        validation_images=() if setup.validation is None else setup.validation.names,
         versions={"optpipe": described.optpipe, "python": described.python} | described.versions,
     )
     bundled = [

@@ -294,6 +294,7 @@ def _one_line(text: str) -> str:
 def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report.environment.versions.items())
     data = report.data
+    validated = f"validation: {data.validation_count} others; " if data.validation_count else ""
     stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in report.stages.items())
     return "\n".join(
         [
@@ -303,7 +304,7 @@ def _conditions(report: Report) -> str:
             *_clocks(report),
             f"- Target: {report.target.backend}, {report.target.precision}, batch {report.target.batch}, "
             f"input {report.target.input_shape}.",
-            f"- Calibration: {data.calibration_count} images; evaluation: {data.evaluation_count} others.",
+            f"- Calibration: {data.calibration_count} images; {validated}evaluation: {data.evaluation_count} others.",
             f"- Seed {report.seed}; recovery {report.recover.steps} steps of batch {report.recover.batch}.",
             f"- Stages: {stages}.",
             f"- optpipe {report.environment.optpipe}, Python {report.environment.python}; {versions}.",
@@ -333,5 +334,7 @@ def _hashes(report: Report) -> str:
     lines = ["## sha256", ""]
     lines += [f"- {name}: `{value}`" for name, value in report.sha256.items()]
     lines.append(f"- calibration images: `{report.data.calibration_sha256}`")
+    if report.data.validation_sha256 is not None:
+        lines.append(f"- validation images: `{report.data.validation_sha256}`")
     lines.append(f"- evaluation images: `{report.data.evaluation_sha256}`")
     return "\n".join(lines)

@@ -85,12 +85,17 @@ class EnvironmentReport:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """The image sets: how many, and the sha256 over pixels, labels and preprocessing."""
+    """The image sets: how many, and the sha256 over pixels, labels and preprocessing.
+
+    Without validation images there are 0 of them, and no sha256.
+    """
 
     calibration_count: int
     calibration_sha256: str
     evaluation_count: int
     evaluation_sha256: str
+    validation_count: int = 0
+    validation_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

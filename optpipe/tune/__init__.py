@@ -9,20 +9,21 @@ of one that was not.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from optpipe.errors import RunError
 from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
 from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
 from optpipe.tune.machine import native_bf16, on_this_machine, release, training_device
-from optpipe.tune.objective import Objective, Teachers, objective_of
+from optpipe.tune.objective import Teachers, objective_of
 from optpipe.tune.parameters import optimizer_of, trainable
 from optpipe.tune.schedule import batch_indices, rate, steps_of, with_steps
 from optpipe.tune.views import views_of
-from optpipe.types import Emit, Event, Images, Tune
+from optpipe.types import Emit, Event, Images, Objective, Tune
 
 __all__ = [
     "BatchNorm",
@@ -32,6 +33,7 @@ __all__ = [
     "Trained",
     "batch_indices",
     "distance",
+    "fit",
     "logit_batches",
     "logits",
     "native_bf16",
@@ -76,10 +78,56 @@ def train(
         UsageError: the original, the labels or the teachers that the loss needs are missing.
         RunError: the loss is no number any more; the checkpoint before it stays.
     """
-    layout = torch.channels_last
-    student.to(device).to(memory_format=layout)
+    student.to(device).to(memory_format=torch.channels_last)
     objective = objective_of(student, original, calibration, tune, teachers, device)
     parameters = trainable(student, tune)
+    return _descend(
+        student, parameters, objective, calibration, tune, seed, checkpoint, emit=emit, device=device
+    )
+
+
+def fit(
+    student: nn.Module,
+    objective: Objective,
+    calibration: Images,
+    tune: Tune,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    emit: Emit | None = None,
+    device: str = "cpu",
+) -> Trained:
+    """Train all parameters of ``student`` in place by an objective that is given; all else as :func:`train`.
+
+    Parameters that ask for no gradient are left as they are.
+
+    Raises:
+        RunError: the loss is no number any more; the checkpoint before it stays.
+    """
+    student.to(device).to(memory_format=torch.channels_last)
+    parameters = {name: one for name, one in student.named_parameters() if one.requires_grad}
+    for module in student.eval().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and tune.batch_norm == "train":
+            module.train()
+    return _descend(
+        student, parameters, objective, calibration, tune, seed, checkpoint, emit=emit, device=device
+    )
+
+
+def _descend(
+    student: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    objective: Objective,
+    calibration: Images,
+    tune: Tune,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    *,
+    emit: Emit | None,
+    device: str,
+) -> Trained:
+    """Follow the objective's gradient for the steps of ``tune``; the student comes back to the CPU."""
+    layout = torch.channels_last
     optimizer = optimizer_of(list(parameters.values()), tune)
     saved = checkpoint.load() if checkpoint is not None else None
     start = restore(saved, student, optimizer, parameters, objective) if saved is not None else 0

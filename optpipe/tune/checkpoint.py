@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from optpipe.tune.objective import Objective
+from optpipe.types import Objective
 
 
 class Checkpoint(Protocol):
@@ -26,7 +26,7 @@ class Checkpoint(Protocol):
 
 
 def snapshot(
-    student: fx.GraphModule,
+    student: nn.Module,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     objective: Objective,
@@ -47,7 +47,7 @@ def snapshot(
 
 def restore(
     saved: Mapping[str, torch.Tensor],
-    student: fx.GraphModule,
+    student: nn.Module,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     objective: Objective,

@@ -13,7 +13,7 @@ from optpipe import graph
 from optpipe.errors import UsageError
 from optpipe.losses import distillation, label_errors, mimicking_loss
 from optpipe.tune.machine import there
-from optpipe.types import Images, Tune
+from optpipe.types import Images, Objective, Tune
 
 
 class Teachers(Protocol):
@@ -25,19 +25,6 @@ class Teachers(Protocol):
 
     def mean(self, which: Sequence[int], images: Sequence[int]) -> torch.Tensor:
         """The mean logits of those teachers on those training images, float32 (B, classes)."""
-
-
-class Objective(Protocol):
-    """The loss of a step, and what it must remember from one step to the next."""
-
-    def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
-        """The loss of the training images ``which``; ``images`` are their views, one view after the other."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it."""
-
-    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Put such a state back."""
 
 
 def objective_of(

@@ -122,7 +122,15 @@ class Method(Protocol):
     """How to recover where the recipe's ``[recover]`` table does not say otherwise."""
     NEEDS_LABELS: bool
 
-    def check(self, shown: ModelGraph, calibration: Images, budget: Budget, config: object) -> None:
+    def check(
+        self,
+        shown: ModelGraph,
+        calibration: Images,
+        budget: Budget,
+        config: object,
+        recover: Tune,
+        validation: Images | None = None,
+    ) -> None:
         """UsageError for what no search can be made of; asked before anything is built or measured."""
 
     def search(self, scene: Scene, config: object) -> Search:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -109,10 +109,14 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a training starts but at the original: the key of a :class:`Trained`, and its plan."""
+    """Where a network starts but at the original: the key of a :class:`Trained` or :class:`Fitted`, its plan.
+
+    ``part`` names the network among the weights of a :class:`Fitted`, with what comes before their names.
+    """
 
     key: str
     plan: Plan
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +124,16 @@ class Train:
     """Train a candidate on some of the calibration images (all of them by default) and hand it over.
 
     It starts with the original's weights, or with those of ``start``, whose plan must take out nothing
-    that ``plan`` leaves in. With ``score``, the candidate's quality on those calibration images is wanted.
-    Images have the plan's resolution.
+    that ``plan`` leaves in. With ``score``, the candidate's quality on those calibration images is wanted, or
+    on the validation images. Images have the plan's resolution. ``tune.teachers`` may be "single", the
+    original at its own resolution; there is no ensemble on the way.
     """
 
     plan: Plan
     tune: Tune
     images: tuple[int, ...] | None = None
     start: Start | None = None
-    score: tuple[int, ...] | None = None
+    score: tuple[int, ...] | Literal["validation"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +152,50 @@ class Trained:
     seconds: float = 0.0
 
 
-Request = Ask | Step | Train
-Answer = Trial | StepResult | Trained
+class Objective(Protocol):
+    """The loss of a step, and what it must remember from one step to the next."""
+
+    def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """The loss of the training images ``which``; ``images`` are their views, one view after the other."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put such a state back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Train what a method makes itself, by an objective of its own, on all calibration images.
+
+    ``make`` makes the module as it is before training, and the objective that trains it; a pure function.
+    ``depends`` is all that the result depends on beside the original's weights, the calibration set, the
+    run's seed and ``tune``, of which all parameters are trained. Without steps the module is stored as it is
+    made. Not JSON-able.
+    """
+
+    name: str
+    depends: str
+    tune: Tune
+    make: Callable[[], tuple[nn.Module, Objective]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a :class:`Fit` came to: the module in eval mode, for reading only. Not JSON-able.
+
+    ``digest`` is the sha256 of its weights, as in :class:`Trained`.
+    """
+
+    key: str
+    module: nn.Module
+    digest: str
+    seconds: float = 0.0
+
+
+Request = Ask | Step | Train | Fit
+Answer = Trial | StepResult | Trained | Fitted
 Cell = str | int | float | bool | None
 
 
@@ -204,12 +251,21 @@ class Interim:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A network of an ensemble: the training that it is made of, and its plan."""
+
+    plan: Plan
+    start: Start
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """Where a search ended: what to take out, how to recover, why, and the tables and figures that show it.
 
     ``start`` is the training that the chosen network is made of, by taking out what the plan has beyond it;
     None is the original. ``interim`` are the networks on the way, the original's own first, the chosen one
-    last; they are made of ``start`` where its plan is empty, else of the original.
+    last; they are made of ``start`` where its plan is empty, else of the original. ``members`` are networks
+    that are as likely as the chosen one, for an ensemble that tells how far it can be trusted.
     """
 
     plan: Plan
@@ -219,6 +275,7 @@ class Choice:
     start: Start | None = None
     interim: tuple[Interim, ...] = ()
     figures: tuple[Figure, ...] = ()
+    members: tuple[Member, ...] = ()
 
 
 Search = Generator[Sequence[Request], Sequence[Answer], Choice]
@@ -277,6 +334,7 @@ class Images(Protocol):
 class Scene:
     """All that a search may look at, read-only. Not JSON-able.
 
+    ``validation`` are images that no training sees, to learn accuracy from, where the recipe gives any.
     ``device`` is where torch computes, ``native_bf16`` whether it has instructions for bfloat16.
     """
 
@@ -289,3 +347,4 @@ class Scene:
     seed: int
     device: str = "cpu"
     native_bf16: bool = False
+    validation: Images | None = None

@@ -95,7 +95,14 @@ _TUNE = Tune(
 _MOST_INTERIM = 32
 
 
-def check(shown: ModelGraph, calibration: Images, budget: Budget, config: Config) -> None:
+def check(
+    shown: ModelGraph,
+    calibration: Images,
+    budget: Budget,
+    config: Config,
+    recover: Tune,
+    validation: Images | None = None,
+) -> None:
     """UsageError for what no search can be made of: settings, a budget, a network, images."""
     if budget.drop_blocks is not None:
         raise UsageError(
@@ -127,7 +134,7 @@ def search(scene: Scene, config: Config) -> Search:
         UsageError: what :func:`check` refuses, or a latency that the original meets already.
         RunError: no widths meet the budget; says what can be reached.
     """
-    check(scene.graph, scene.calibration, scene.budget, config)
+    check(scene.graph, scene.calibration, scene.budget, config, scene.recover)
     if scene.budget.latency_ms is not None and scene.baseline.median_ms <= scene.budget.latency_ms:
         raise UsageError(
             f"[budget] latency_ms = {scene.budget.latency_ms}: the original takes "

@@ -82,7 +82,14 @@ RECOVER = Tune(
 _NO_WIDTHS = graph.WidthMap((), (), (), (), ())
 
 
-def check(shown: ModelGraph, calibration: Images, budget: Budget, config: Config) -> None:
+def check(
+    shown: ModelGraph,
+    calibration: Images,
+    budget: Budget,
+    config: Config,
+    recover: Tune,
+    validation: Images | None = None,
+) -> None:
     """UsageError for what no search can be made of: settings, a budget, a network, images."""
     _check_settings(config)
     _check_budget(budget, config)
