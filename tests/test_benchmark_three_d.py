@@ -20,13 +20,13 @@ from benchmarks.three_d_rows import OPTIMUM, POINTS, PREDICTORS, SURFACE, Figure
 from optpipe import graph, plugins, store, tune  # noqa: E402
 from optpipe import recipe as recipes  # noqa: E402
 from optpipe.errors import RunError, UsageError  # noqa: E402
+from optpipe.methods._meter import Meter, Reading  # noqa: E402
 from optpipe.methods.three_d import tables  # noqa: E402
 from optpipe.methods.three_d.collect import Made, Point  # noqa: E402
 from optpipe.methods.three_d.comparison import comparison  # noqa: E402
 from optpipe.methods.three_d.config import DIMENSIONS, Config  # noqa: E402
 from optpipe.methods.three_d.cost import fit_cost  # noqa: E402
 from optpipe.methods.three_d.ends import Costed  # noqa: E402
-from optpipe.methods.three_d.meter import Meter, Reading  # noqa: E402
 from optpipe.methods.three_d.optimum import Candidate, Optimum  # noqa: E402
 from optpipe.methods.three_d.settle import Attempt, Settled  # noqa: E402
 from optpipe.methods.three_d.space import Level, Space  # noqa: E402

@@ -14,10 +14,11 @@ from torch import fx, nn
 
 from optpipe import graph
 from optpipe.data import ImageSet
-from optpipe.methods.ekg import budgets, images, ladder, layers, reward, scores, tables
+from optpipe.methods import _ladder as ladder
+from optpipe.methods._ladder import Ladder, Rung
+from optpipe.methods.ekg import budgets, images, layers, reward, scores, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import plan_of
-from optpipe.methods.ekg.ladder import Ladder, Rung
 from optpipe.methods.ekg.reward import Candidate, Facts, Guide, Judge, Kept
 from optpipe.methods.ekg.scores import Score
 from optpipe.types import Ask, Budget, ChannelGroup, Latency, ModelGraph, Scene, Trial, Tune
@@ -232,9 +233,9 @@ def test_channels_come_by_their_score_and_from_every_run_in_turn() -> None:
 
 
 def test_the_first_channels_are_equally_many_of_each_run() -> None:
-    assert layers.first(6, 1, 4) == (0, 1, 2, 3)
-    assert layers.first(6, 2, 4) == (0, 1, 3, 4)
-    assert layers.first(6, 3, 3) == (0, 2, 4)
+    assert ladder.first(6, 1, 4) == (0, 1, 2, 3)
+    assert ladder.first(6, 2, 4) == (0, 1, 3, 4)
+    assert ladder.first(6, 3, 3) == (0, 2, 4)
 
 
 # ---------------------------------------------------------------- scores

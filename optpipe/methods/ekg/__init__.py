@@ -9,7 +9,7 @@ labels and, as teachers, those networks on the way that are still ahead (Eqs 10 
 32 networks those of evenly spread losses are handed on.
 
 What is measured decides what a step buys. For a latency budget the channel counts that the target executes
-well are measured first (:mod:`~optpipe.methods.ekg.ladder`), candidates go from one to the next, and the
+well are measured first (:mod:`~optpipe.methods._ladder`), candidates go from one to the next, and the
 candidate that costs least reward for the time it saves is taken; each accepted step is built and timed.
 ``widths = "any"`` and ``select = "reward"`` take this back. For a budget in MACs or parameters the search is
 the paper's.
@@ -25,7 +25,8 @@ import numpy as np
 
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
-from optpipe.methods.ekg import budgets, images, ladder, layers, tables
+from optpipe.methods import _ladder as ladder
+from optpipe.methods.ekg import budgets, images, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import Field, descend, plan_of
 from optpipe.methods.ekg.reward import Judge, Kept
@@ -243,7 +244,7 @@ def _narrowed(
 ) -> Generator[Sequence[Request], Sequence[Answer], Latency]:
     """The latency of a network of these widths."""
     kept: Kept = tuple(
-        layers.first(group.channels, blocks, count)
+        ladder.first(group.channels, blocks, count)
         for group, blocks, count in zip(widths.groups, widths.blocks, counts, strict=True)
     )
     (answer,) = yield [Ask(plan_of(widths.groups, kept))]

@@ -9,7 +9,8 @@ from typing import cast
 
 from optpipe import graph
 from optpipe.errors import RunError
-from optpipe.methods.ekg import budgets, ladder, layers
+from optpipe.methods import _ladder as ladder
+from optpipe.methods.ekg import budgets, layers
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.reward import Candidate, Facts, Judge, Kept
 from optpipe.methods.ekg.tables import Taken

@@ -55,12 +55,6 @@ def fewer(channels: int, ratio: float, tied: int, blocks: int) -> int:
     return left - left % blocks
 
 
-def first(channels: int, blocks: int, count: int) -> tuple[int, ...]:
-    """The first channels of a whole group, equally many of each block, ``count`` of them in all."""
-    size = channels // blocks
-    return tuple(block * size + index for block in range(blocks) for index in range(count // blocks))
-
-
 def ascending(kept: Sequence[int], scores: Sequence[float], channels: int, blocks: int) -> list[int]:
     """The kept channels, the lowest score first; with several blocks, one of each block in turn."""
     ordered = sorted(kept, key=scores.__getitem__)

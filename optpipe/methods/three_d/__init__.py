@@ -14,11 +14,12 @@ the target executes well is measured. ``cost = "formula"`` takes this back.
 
 Deliberate deviations. The lower end of each dimension is where it alone meets the budget, measured, and not
 T or its root. The optimum is sought among networks that can be built; the constrained solver (Eq. 8) and a
-dense grid say where it lies when depth, width and resolution are continuous. Accuracies are taken on images
-held out of the calibration set. The point (1, 1, 1) is fine-tuned for a round like the others. The result is
-made of the nearest network that was trained on the way, not of the original (``begin``). Blocks are
-ordered by the skill that a linear probe gains, not by its accuracy. The predictor is kept from falling where
-less is taken out (``monotone``).
+dense grid say where it lies when depth, width and resolution are continuous. Accuracies are taken on the
+recipe's validation images, or else on images held out of the calibration set, which the original may know by
+heart: that flatters what leaves its weights alone, the resolution. The point (1, 1, 1) is fine-tuned for a
+round like the others. The result is made of the nearest network that was trained on the way, not of the
+original (``begin``). Blocks are ordered by the skill that a linear probe gains, not by its accuracy. The
+predictor is kept from falling where less is taken out (``monotone``).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import numpy as np
 
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
+from optpipe.methods._meter import Meter, Reading, meter_of
 from optpipe.methods.three_d import ends, figures, importance, predictor, tables
 from optpipe.methods.three_d.collect import Collection, Made, collect, halfway, stops, tuning
 from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.ends import Axis, Costed
-from optpipe.methods.three_d.images import Split, split
-from optpipe.methods.three_d.meter import Meter, Reading, meter_of
+from optpipe.methods.three_d.images import Split, parts_of
 from optpipe.methods.three_d.settle import settle
 from optpipe.methods.three_d.space import Level, Space, combined, default_step, sizes_below
 from optpipe.types import (
@@ -101,12 +102,19 @@ def check(
             left = ", ".join(f'"{name}"' for name in without)
             mend = f"; set [method] dimensions = [{left}]" if left else ""
             raise UsageError(f"[method] three_d: {reason}{mend}")
+    if recover.loss != "labels":
+        raise UsageError(
+            '[recover] loss = "mimic": three_d trains on labels, since features of other widths and sizes do '
+            "not compare; leave it out"
+        )
     assert calibration.labels is not None
+    if validation is not None:
+        return
     for label, count in enumerate(np.bincount(calibration.labels.numpy(), minlength=shown.classes)):
         if count < 2:
             raise UsageError(
                 f"[data] calibration: class {label} has {count} images; three_d needs at least two of each, "
-                "one of them to score: raise count, or give images of that class"
+                "one of them to score: raise count, give images of that class, or [data] validation"
             )
 
 
@@ -160,23 +168,17 @@ def search(scene: Scene, config: Config) -> Search:
     """Learn what each dimension costs in accuracy, then take the best network that meets the budget.
 
     Raises:
-        UsageError: what :func:`check` refuses, a recovery that takes no labels, or a latency that the
-            original meets already.
+        UsageError: what :func:`check` refuses, or a latency that the original meets already.
         RunError: no network meets the budget; says what can be reached.
     """
-    check(scene.graph, scene.calibration, scene.budget, config)
-    if scene.recover.loss != "labels":
-        raise UsageError(
-            '[recover] loss = "mimic": three_d trains on labels, since features of other widths and sizes do '
-            "not compare; leave it out"
-        )
+    check(scene.graph, scene.calibration, scene.budget, config, scene.recover, scene.validation)
     meter = meter_of(scene)
     if meter.allowed >= 1:
         raise UsageError(
             f"[budget] latency_ms = {scene.budget.latency_ms}: the original takes "
             f"{scene.baseline.median_ms:.3f} ms already; lower it"
         )
-    parts = split(scene.calibration, config.validation, scene.seed)
+    parts = parts_of(scene, config.validation)
     space, probes = yield from _survey(scene, config, parts)
     axes = yield from _axes(space, meter, config)
     shown = [tables.ratios(space, axis) for axis in axes if axis.dimension == "width" and axis.costed]

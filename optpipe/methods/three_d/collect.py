@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Literal, cast
 
 from optpipe import graph
 from optpipe.methods.three_d import importance
@@ -40,9 +40,13 @@ class Point:
 
 
 def tuning(recover: Tune, epochs: float, images: int) -> Tune:
-    """The fine-tuning of a round: the recovery's own, for so many epochs, without teachers."""
+    """The fine-tuning of a round: the recovery's own, for so many epochs.
+
+    Where that has an ensemble of teachers the original alone speaks: no networks lead to the one at hand yet.
+    """
     steps = max(1, math.ceil(epochs * images / min(recover.batch, images) - 1e-9))
-    return replace(recover, epochs=epochs, steps=steps, teachers="none")
+    teachers: Literal["none", "single"] = "none" if recover.teachers == "none" else "single"
+    return replace(recover, epochs=epochs, steps=steps, teachers=teachers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ class Collection:
     def ask(self, plan: Plan, start: Stop | None) -> Train:
         """The training of a plan's network from where a stop's stands, scored."""
         begin = None if start is None else Start(start.trained.key, start.plan)
-        return Train(plan, self.tune, self.parts.fit, begin, self.parts.score)
+        return Train(plan, self.tune, self.parts.trained, begin, self.parts.score)
 
     def point(self, dimensions: Sequence[Dimension], stop: Stop) -> Point:
         """A training as a point for the predictor."""

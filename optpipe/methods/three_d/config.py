@@ -17,7 +17,8 @@ class Config:
     before the recovery. ``rounds``: how often each is pruned and fine-tuned for the predictor (Algorithm 1),
     ``epochs`` for how long each time. ``inside``: whether networks between the dimensions are trained too,
     since points on the axes alone tell no product of polynomials from any other. ``validation``: the share
-    of the calibration images that these trainings never see, on which their accuracy is taken. ``rank`` and
+    of the calibration images that these trainings never see, on which their accuracy is taken where the
+    recipe has no validation images. ``rank`` and
     ``degree`` are R and K of Eq. 7. ``monotone`` keeps predicted accuracy from falling where less is taken
     out; false is the paper's least squares.
 

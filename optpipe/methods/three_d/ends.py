@@ -6,9 +6,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from optpipe.methods._meter import Meter, Reading
 from optpipe.methods.three_d import cost as cost_model
 from optpipe.methods.three_d.config import Dimension
-from optpipe.methods.three_d.meter import Meter, Reading
 from optpipe.methods.three_d.space import Level, Space
 from optpipe.types import Answer, Request, Trial
 

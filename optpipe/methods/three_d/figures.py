@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from optpipe.methods._meter import Meter
 from optpipe.methods.three_d.collect import Point
 from optpipe.methods.three_d.config import DIMENSIONS
 from optpipe.methods.three_d.ends import Axis
-from optpipe.methods.three_d.meter import Meter
 from optpipe.methods.three_d.points import Array, Smooth
 from optpipe.methods.three_d.predictor import Predictor
 from optpipe.methods.three_d.settle import Settled

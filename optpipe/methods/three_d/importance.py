@@ -22,14 +22,18 @@ def probe(
     few images many units are equal, and where the network knows its images by heart all the last ones are.
     ``digest`` is that of the network's weights.
     """
+    scored = scene.validation if parts.score == "validation" else scene.calibration
+    assert scored is not None
+    score = range(len(scored)) if parts.score == "validation" else parts.score
 
     def work() -> tuple[float, ...]:
         found = graph.unit_discrimination(
             network,
             scene.calibration,
             parts.fit,
-            parts.score,
+            score,
             scene.graph.input_shape,
+            scored_on=scene.validation if parts.score == "validation" else None,
             device=scene.device,
             autocast=scene.native_bf16,
         )
@@ -39,7 +43,7 @@ def probe(
             value for one in chosen for value in (one.before, one.after, one.skill_before, one.skill_after)
         )
 
-    depends = f"discrimination 2, {digest}, {names}, {parts}, bf16 {scene.native_bf16}"
+    depends = f"discrimination 2, {digest}, {names}, {parts}, {scored.digest}, bf16 {scene.native_bf16}"
     (answer,) = yield [Step(f"probes of {len(names)} blocks", depends, work)]
     values = cast(StepResult, answer).values
     scores = [

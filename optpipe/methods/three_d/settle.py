@@ -10,12 +10,12 @@ from typing import cast
 import numpy as np
 
 from optpipe.errors import RunError
+from optpipe.methods._meter import Meter, Reading
 from optpipe.methods.three_d import cost, optimum
 from optpipe.methods.three_d.collect import Made
 from optpipe.methods.three_d.config import DIMENSIONS, Config
 from optpipe.methods.three_d.ends import Axis, Costed
 from optpipe.methods.three_d.measured import MeasuredSurface, fit_measured
-from optpipe.methods.three_d.meter import Meter, Reading
 from optpipe.methods.three_d.points import Smooth
 from optpipe.methods.three_d.predictor import Predictor
 from optpipe.methods.three_d.space import Level, Share, Space

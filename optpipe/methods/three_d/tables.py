@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from optpipe import graph
+from optpipe.methods._meter import Meter
 from optpipe.methods.three_d.collect import Point
 from optpipe.methods.three_d.comparison import comparison, left_out
 from optpipe.methods.three_d.config import Config
 from optpipe.methods.three_d.cost import fit_cost
 from optpipe.methods.three_d.ends import Axis, Costed
 from optpipe.methods.three_d.measured import fit_measured
-from optpipe.methods.three_d.meter import Meter
 from optpipe.methods.three_d.optimum import Candidate
 from optpipe.methods.three_d.settle import Settled
 from optpipe.methods.three_d.space import Level, Space, counts

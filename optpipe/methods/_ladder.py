@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from optpipe import graph
-from optpipe.methods.ekg import layers
 from optpipe.types import Answer, Ask, Cell, ChannelGroup, Plan, Request, Table, Trial
 
 PROBES = 8
@@ -117,7 +116,7 @@ def _plan(widths: graph.WidthMap, members: Sequence[int], count: int) -> Plan:
     keep = []
     for index in members:
         group = widths.groups[index]
-        keep.append((group.name, layers.first(group.channels, widths.blocks[index], count)))
+        keep.append((group.name, first(group.channels, widths.blocks[index], count)))
     return Plan(keep_channels=tuple(keep))
 
 
@@ -151,3 +150,9 @@ def table(groups: Sequence[ChannelGroup], ladders: Sequence[Ladder]) -> Table:
             rows.append((names, rung.count, rung.saving, rung.low, rung.high, verdict))
     columns = ("groups", "channels each", "measured saving", "low", "high", "verdict")
     return Table("Channel counts on this target", columns, tuple(rows))
+
+
+def first(channels: int, blocks: int, count: int) -> tuple[int, ...]:
+    """The first channels of a whole group, equally many of each block, ``count`` of them in all."""
+    size = channels // blocks
+    return tuple(block * size + index for block in range(blocks) for index in range(count // blocks))
