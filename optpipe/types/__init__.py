@@ -3,7 +3,18 @@
 Values are JSON-able unless they say otherwise. Nothing here touches a file, a clock or a device.
 """
 
-from optpipe.types.measurement import DeviceState, Fingerprint, Latency, Precision, Quality, Target
+from optpipe.types.measurement import (
+    Calibration,
+    CalibrationBin,
+    DeviceState,
+    Fingerprint,
+    Latency,
+    Precision,
+    Quality,
+    Reliability,
+    Selective,
+    Target,
+)
 from optpipe.types.network import Block, ChannelGroup, ModelGraph, Plan
 from optpipe.types.seams import Backend, Emit, Engine, EngineCount, Event, Method, Sample, Session
 from optpipe.types.search import (
@@ -41,6 +52,8 @@ __all__ = [
     "Backend",
     "Block",
     "Budget",
+    "Calibration",
+    "CalibrationBin",
     "Cell",
     "ChannelGroup",
     "Choice",
@@ -64,10 +77,12 @@ __all__ = [
     "Plan",
     "Precision",
     "Quality",
+    "Reliability",
     "Request",
     "Sample",
     "Scene",
     "Search",
+    "Selective",
     "Session",
     "Start",
     "Step",

@@ -96,3 +96,43 @@ class Quality:
     count: int
     split: str
     top5: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """Predictions whose likeliest class has a probability above ``low`` and at most ``high``.
+
+    ``confidence`` is the mean of that probability, ``accuracy`` how often the class was right; both are None
+    where there are no such predictions.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Whether probabilities are as often right as they say; ``error`` is the expected calibration error."""
+
+    error: float
+    bins: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selective:
+    """The accuracy on the ``kept`` images when the least sure, a share ``rejected``, get no answer."""
+
+    rejected: float
+    kept: int
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """How far a network's probabilities can be trusted on one split."""
+
+    calibration: Calibration
+    selective: tuple[Selective, ...]
