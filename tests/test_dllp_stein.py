@@ -1,0 +1,272 @@
+"""Stein's direction on problems whose posterior is known, its kernels and their push."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from optpipe.errors import RunError
+from optpipe.methods.dllp.stein import Kernel, directions, field, gram, repulsions
+
+Score = Callable[[Tensor], Tensor]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(x: Tensor, scores: Tensor, kernel: Kernel, bandwidth: float | None = None) -> Tensor:
+    """The directions (N, D) of particles (N, D), by the public function on one block."""
+    found = directions([{"x": row} for row in x], [{"x": row} for row in scores], kernel, bandwidth=bandwidth)
+    return torch.stack([one["x"] for one in found])
+
+
+def settled(score: Score, start: Tensor, kernel: Kernel, steps: int = 400, rate: float = 0.15) -> Tensor:
+    """Where particles (N, D) come to rest."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        x.grad = -moved(x.detach(), score(x.detach()), kernel)
+        optimizer.step()
+    return x.detach()
+
+
+def by_hand(x: Tensor, scores: Tensor, h: float) -> Tensor:
+    """Eq. 14 term by term."""
+    found = torch.zeros_like(x)
+    for i in range(len(x)):
+        for j in range(len(x)):
+            k = torch.exp(-(x[j] - x[i]).square().sum() / h)
+            found[i] += (k * scores[j] + 2 / h * k * (x[i] - x[j])) / len(x)
+    return found
+
+
+def distances(x: Tensor) -> Tensor:
+    return torch.pdist(x)
+
+
+# ---------------------------------------------------------------- the equation
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_direction_is_the_sum_over_particles(count: int) -> None:
+    x = torch.randn(count, 3, dtype=torch.float64, generator=seeded(1))
+    scores = torch.randn(count, 3, dtype=torch.float64, generator=seeded(2))
+    median = float(distances(x).median())
+    for kernel, h in (("whole", median**2 / math.log(count)), ("paper", math.log(2))):
+        assert torch.allclose(moved(x, scores, kernel), by_hand(x, scores, h))  # type: ignore[arg-type]
+    assert torch.allclose(moved(x, scores, "whole", 0.7), by_hand(x, scores, 0.7))
+
+
+def test_the_push_is_the_gradient_of_the_kernel() -> None:
+    """Against finite differences of k in its first argument, summed over the particles."""
+    x = torch.randn(4, 3, dtype=torch.float64, generator=seeded(3))
+    step, h = 1e-6, 1.3
+
+    def k(a: Tensor, b: Tensor) -> float:
+        return float(gram(torch.stack([a, b]), h)[0][0, 1])
+
+    pushes = repulsions([{"x": row} for row in x], "whole", bandwidth=h)
+    for i in range(4):
+        for d in range(3):
+            away = torch.zeros(3, dtype=torch.float64)
+            away[d] = step
+            slope = sum((k(row + away, x[i]) - k(row - away, x[i])) / (2 * step) for row in x) / 4
+            assert float(pushes[i]["x"][d]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+def blocks(count: int, seed: int) -> list[dict[str, Tensor]]:
+    g = seeded(seed)
+    return [
+        {"conv": torch.randn(4, 3, 3, 3, generator=g), "bias": 9 * torch.randn(4, generator=g)}
+        for _ in range(count)
+    ]
+
+
+def test_kernels_span_a_block_all_blocks_or_one_number() -> None:
+    particles, scores = blocks(3, 1), blocks(3, 2)
+    flat = [[torch.cat([p["conv"].flatten(), p["bias"]]) for p in each] for each in (particles, scores)]
+    x, s = torch.stack(flat[0]), torch.stack(flat[1])
+    wanted = {
+        "median": torch.cat([field(x[:, :108], s[:, :108]), field(x[:, 108:], s[:, 108:])], dim=1),
+        "whole": field(x, s),
+        "each": torch.cat([field(x[:, d : d + 1], s[:, d : d + 1]) for d in range(112)], dim=1),
+        "paper": field(x, s, math.log(2)),
+    }
+    for kernel in get_args(Kernel):
+        found = directions(particles, scores, kernel)
+        assert [one["conv"].shape for one in found] == [(4, 3, 3, 3)] * 3
+        rows = torch.stack([torch.cat([one["conv"].flatten(), one["bias"]]) for one in found])
+        assert torch.allclose(rows, wanted[kernel], atol=1e-6), kernel
+    assert not torch.allclose(wanted["median"], wanted["whole"], atol=1e-3)
+
+
+def test_many_sets_of_particles_at_once_are_each_alone() -> None:
+    x, s = (torch.randn(5, 7, 2, generator=seeded(seed)) for seed in (1, 2))
+    together = field(x, s)
+    assert all(torch.allclose(together[i], field(x[i], s[i]), atol=1e-6) for i in range(5))
+
+
+def test_pull_and_push_together_are_the_direction() -> None:
+    particles, scores = blocks(2, 1), blocks(2, 2)
+    none = [{name: torch.zeros_like(block) for name, block in one.items()} for one in scores]
+    for kernel in get_args(Kernel):
+        pushes, unpulled = repulsions(particles, kernel), directions(particles, none, kernel)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(pushes, unpulled, strict=True) for name in a)
+
+
+# ---------------------------------------------------------------- known posteriors
+
+MEAN = torch.tensor([1.0, -2.0])
+COVARIANCE = torch.tensor([[2.0, 0.9], [0.9, 1.0]])
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0), (-6.0, 5.0)])
+def test_particles_take_the_mean_and_covariance_of_a_gaussian(start: tuple[float, float]) -> None:
+    """100 particles: the mean within 0.02; the covariance within 12%, from below, as is known of so few."""
+    precision = torch.linalg.inv(COVARIANCE)
+    x = settled(
+        lambda x: -(x - MEAN) @ precision,
+        torch.tensor(start) + 0.3 * torch.randn(100, 2, generator=seeded()),
+        "whole",
+    )
+    assert x.mean(0).tolist() == pytest.approx(MEAN.tolist(), abs=0.02)
+    assert torch.cov(x.T, correction=0).flatten().tolist() == pytest.approx(
+        COVARIANCE.flatten().tolist(), rel=0.12
+    )
+
+
+CENTRES = torch.tensor([[-1.5, 0.0], [1.5, 1.0]])
+SHARES = torch.tensor([1 / 3, 2 / 3])
+DEVIATION = 0.8
+
+
+def mixture_score(x: Tensor) -> Tensor:
+    away = CENTRES - x[:, None]
+    shares = torch.softmax(SHARES.log() - away.square().sum(-1) / (2 * DEVIATION**2), dim=-1)
+    return (shares[..., None] * away).sum(1) / DEVIATION**2
+
+
+@pytest.mark.parametrize("start", [(-4.0, 0.0), (4.0, 0.0)])
+def test_particles_take_the_mean_and_covariance_of_a_mixture(start: tuple[float, float]) -> None:
+    """Beside one mode at first, they end in both, a third and two thirds of them."""
+    x = settled(
+        mixture_score, torch.tensor(start) + torch.randn(100, 2, generator=seeded()), "whole", 700, 0.2
+    )
+    mean = (SHARES[:, None] * CENTRES).sum(0)
+    spread = CENTRES - mean
+    covariance = DEVIATION**2 * torch.eye(2) + (SHARES[:, None] * spread).T @ spread
+    assert x.mean(0).tolist() == pytest.approx(mean.tolist(), abs=0.1)
+    assert torch.cov(x.T, correction=0).flatten().tolist() == pytest.approx(
+        covariance.flatten().tolist(), rel=0.08
+    )
+    nearest = torch.cdist(x, CENTRES).argmin(1)
+    assert float((nearest == 0).float().mean()) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_the_scores_of_a_maximiser_alone_end_in_one_point() -> None:
+    """What the push is for: without it the particles are so many maximisers."""
+    start = torch.randn(20, 2, generator=seeded())
+    precision = torch.linalg.inv(COVARIANCE)
+    x = start.clone()
+    for _ in range(400):
+        x = x - 0.1 * (x - MEAN) @ precision
+    assert float(torch.cov(x.T).diagonal().max()) < 1e-3
+    kept = settled(lambda x: -(x - MEAN) @ precision, start, "whole")
+    assert float(torch.cov(kept.T).diagonal().min()) > 0.5
+
+
+# ---------------------------------------------------------------- two particles, many dimensions
+
+
+@pytest.mark.parametrize(("kernel", "per_number"), [("whole", False), ("each", True)])
+def test_two_particles_settle_at_the_distance_derived(kernel: Kernel, per_number: bool) -> None:
+    """sqrt(log 2) from the mean: under one kernel in all, under one for each number in every number."""
+    x = settled(lambda x: -x, torch.randn(2, 64, generator=seeded(4)), kernel, 600, 0.05)
+    half = (x[0] - x[1]) / 2
+    wanted = math.sqrt(math.log(2))
+    assert x.mean(0).abs().max() < 0.01
+    if per_number:
+        assert half.abs().tolist() == pytest.approx([wanted] * 64, rel=0.01)
+    else:
+        assert float(half.norm()) == pytest.approx(wanted, rel=0.01)
+
+
+def test_the_push_is_alive_in_many_dimensions_where_the_papers_is_zero() -> None:
+    g = seeded(5)
+    particles = [{"w": 0.05 * torch.randn(100_000, generator=g)} for _ in range(2)]
+    gap = particles[0]["w"] - particles[1]["w"]
+    assert float(gap.square().sum()) > 100 * math.log(2)
+    assert all(bool((one["w"] == 0).all()) for one in repulsions(particles, "paper"))
+    for kernel in ("median", "whole"):
+        first, second = repulsions(particles, kernel)
+        assert float(first["w"].norm()) == pytest.approx(math.log(2) / (2 * float(gap.norm())), rel=1e-3)
+        assert torch.allclose(first["w"], -second["w"])
+        assert float(torch.cosine_similarity(first["w"], gap, dim=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_push_grows_with_beta() -> None:
+    """Eq. 15 on a loss with one optimum: the larger beta, the farther apart two particles end."""
+    ends = []
+    for strength in (0.0, 0.1, 1.0):
+        x = torch.randn(2, 50, generator=seeded(6))
+        for _ in range(600):
+            pushes = repulsions([{"x": row} for row in x])
+            x = x - 0.05 * (x - strength * torch.stack([one["x"] for one in pushes]))
+        ends.append(float((x[0] - x[1]).norm()))
+    assert ends[0] < 1e-6
+    assert ends[1] > 0.1
+    assert ends[2] > 2 * ends[1]
+
+
+@pytest.mark.parametrize("kernel", get_args(Kernel))
+def test_particles_that_coincide_share_their_scores_and_nothing_is_nan(kernel: Kernel) -> None:
+    one = blocks(1, 1)[0]
+    scores = blocks(2, 2)
+    for name, found in directions([one, dict(one)], scores, kernel)[0].items():
+        assert torch.allclose(found, (scores[0][name] + scores[1][name]) / 2)
+    three = [one, dict(one), blocks(1, 3)[0]]
+    for each in (*directions(three, blocks(3, 4), kernel), *repulsions([one, one], kernel)):
+        assert all(bool(block.isfinite().all()) for block in each.values())
+
+
+@pytest.mark.parametrize("apart", [1e-30, 1e-12, 1e-6, 1e-4])
+def test_the_push_of_particles_that_nearly_coincide_is_bounded(apart: float) -> None:
+    particles = [{"x": torch.zeros(10)}, {"x": torch.full((10,), apart)}]
+    for kernel in ("median", "whole", "each"):
+        pushes = repulsions(particles, kernel, nearest=1e-2)
+        assert float(pushes[1]["x"].max()) < 1 / 1e-2
+        assert bool((pushes[1]["x"] >= 0).all())
+
+
+def test_the_push_keeps_its_digits_far_from_zero() -> None:
+    near = 1e-2 * torch.randn(2, 1000, dtype=torch.float64, generator=seeded(7))
+    x = (100 + near).float()
+    wanted = repulsions([{"x": row} for row in x.double()])
+    found = repulsions([{"x": row} for row in x])
+    assert torch.allclose(found[0]["x"].double(), wanted[0]["x"], rtol=1e-3, atol=1e-6)
+
+
+def test_half_precision_comes_back_as_it_went_in() -> None:
+    particles = [{"x": torch.tensor([1.0, 2.0]).half()}, {"x": torch.tensor([1.5, 2.0]).half()}]
+    found = directions(particles, particles)
+    assert found[0]["x"].dtype == torch.float16
+    assert bool(found[0]["x"].isfinite().all())
+
+
+def test_particles_and_scores_that_do_not_belong_together_are_named() -> None:
+    pair = blocks(2, 1)
+    with pytest.raises(RunError, match=r"at least two, not 1"):
+        directions(pair[:1], pair[:1])
+    with pytest.raises(RunError, match=r"2 particles have 1 scores"):
+        directions(pair, pair[:1])
+    with pytest.raises(RunError, match=r"score 1 differs from particle 0 in its blocks \['bias'\]"):
+        directions(pair, [pair[0], {"conv": pair[1]["conv"]}])
+    with pytest.raises(RunError, match=r"particle 1 differs from particle 0 in its blocks \['conv'\]"):
+        directions([pair[0], {**pair[1], "conv": torch.zeros(2)}], pair)
