@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optpipe.onnx_export import Parity
-from optpipe.types import Choice, EngineCount, Latency, ModelGraph, Precision, Quality, Table
+from optpipe.types import (
+    Choice,
+    EngineCount,
+    Latency,
+    ModelGraph,
+    Precision,
+    Quality,
+    Reliability,
+    Table,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +107,16 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One shipped precision, measured on its engine beside the original at the target's precision."""
+    """One shipped precision, measured on its engine beside the original at the target's precision.
+
+    ``reliability`` is None where the evaluation images have no labels.
+    """
 
     precision: Precision
     latency: Latency
     quality: Quality
     agreement: Quality
+    reliability: Reliability | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +125,7 @@ class Benchmarked:
 
     original: Latency
     original_quality: Quality
+    original_reliability: Reliability | None
     results: tuple[Scored, ...]
     seconds: float
 

@@ -107,6 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "deploy",
         "report",
         "quality",
+        "uncertainty",
         "tune",
         "bank",
         "timing",

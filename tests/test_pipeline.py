@@ -36,6 +36,7 @@ from optpipe import (
     store,
     timing,
     tune,
+    uncertainty,
 )
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
@@ -209,6 +210,14 @@ def test_the_report_scores_the_engines_on_the_evaluation_images(
     expected = quality.score(result, labels.numpy(), original, "evaluation")
     assert finished.report.result.quality == expected
     assert finished.report.result.agreement == quality.agreement(result, original, "evaluation")
+    for logits, network in ((original, finished.report.original), (result, finished.report.result)):
+        wanted = uncertainty.reliability(uncertainty.probabilities(logits), labels.numpy())
+        assert network.reliability is not None
+        assert network.reliability.calibration.error == pytest.approx(wanted.calibration.error, abs=1e-4)
+        assert network.reliability.selective == wanted.selective
+        assert network.reliability.selective[0].accuracy == network.quality.value
+    assert finished.report.precisions[0].reliability == finished.report.result.reliability
+    assert finished.report.precisions[1].reliability is not None
 
 
 def test_the_loaded_network_computes_what_the_engine_does(finished: Ran, setup: preparation.Setup) -> None:
@@ -635,6 +644,7 @@ def test_without_labels_the_metric_is_agreement_with_the_original(
     report = take(unlabelled, copied).report
     assert (report.original.quality.metric, report.original.quality.value) == ("agreement", 1.0)
     assert report.quality_before_recovery.metric == "agreement"
+    assert report.original.reliability is None and report.result.reliability is None
     assert report.result.quality == report.result.agreement
 
 

@@ -10,9 +10,11 @@ from conftest import make_latency, make_report
 
 from optpipe import store
 from optpipe.errors import UsageError
-from optpipe.report import build, markdown, schema
+from optpipe.report import build, markdown, reliability, schema
 from optpipe.types import (
     Budget,
+    Calibration,
+    CalibrationBin,
     Curve,
     DeviceState,
     EngineCount,
@@ -20,6 +22,8 @@ from optpipe.types import (
     Latency,
     Plan,
     Precision,
+    Reliability,
+    Selective,
     Surface,
     Table,
 )
@@ -447,6 +451,55 @@ def test_a_precision_that_is_slower_than_wider_ones_names_the_one_to_deploy(
         tuple(at(name, timed(ratio)) for name, ratio in zip(names, ratios, strict=True))
     )
     assert tuple("".join(one.notes) for one in found) == notes
+
+
+def reliable(error: float) -> Reliability:
+    """Two bins with images and one without; the surer half is always right."""
+    bins = (
+        CalibrationBin(0.0, 1 / 3, 0, None, None),
+        CalibrationBin(1 / 3, 2 / 3, 2, 0.5, 0.5 - 2 * error),
+        CalibrationBin(2 / 3, 1.0, 2, 1.0, 1.0),
+    )
+    return Reliability(Calibration(error, bins), (Selective(0.0, 4, 0.75), Selective(0.5, 2, 1.0)))
+
+
+def with_reliability(report: schema.Report) -> schema.Report:
+    fp32 = replace(at("fp32", timed(0.75)), reliability=reliable(0.05))
+    original = replace(report.original, reliability=reliable(0.03))
+    return replace(report, original=original, precisions=(fp32, at("int8", timed(0.3))))
+
+
+def test_calibration_and_selective_accuracy_stand_beside_the_accuracy(report: schema.Report) -> None:
+    rows = table_rows(markdown.render(with_reliability(report)), "Reliability")
+    assert rows == [
+        ["network", "calibration error, 3 bins", "accuracy", "the least sure 50% rejected"],
+        ["original, fp32", "3.00%", "75.00%", "100.00%"],
+        ["result, fp32", "5.00%", "75.00%", "100.00%"],
+    ]
+
+
+def test_the_reliability_diagram_is_drawn_below_its_table(report: schema.Report, tmp_path: Path) -> None:
+    whole = replace(with_reliability(report), figures=titled("Accuracy"))
+    build.write(tmp_path, whole)
+    assert build.read(tmp_path) == whole
+    name = "figures/reliability-how-sure-of-the-class-and-how-often-right.svg"
+    assert files_in(tmp_path) == ["figures/accuracy.svg", name, "report.json", "report.md"]
+    figure = reliability.figure(whole)
+    assert figure is not None
+    assert [(curve.name, curve.x) for curve in figure.curves] == [
+        ("as sure as right", (0.0, 1.0)),
+        ("original, fp32", (0.5, 1.0)),
+        ("result, fp32", (0.5, 1.0)),
+    ]
+    assert [curve.y[0] for curve in figure.curves[1:]] == pytest.approx([0.44, 0.4])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.index("## Reliability") < text.index(f"({name})") < text.index("**Why this plan.**")
+    assert text.count("![") == 2
+
+
+def test_without_labels_nothing_is_said_of_reliability(report: schema.Report) -> None:
+    assert "Reliability" not in markdown.render(report)
+    assert markdown.all_figures(report) == ()
 
 
 def test_the_engines_say_what_was_built_here_and_what_a_cache_saves(report: schema.Report) -> None:

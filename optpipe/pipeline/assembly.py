@@ -22,6 +22,7 @@ def assemble(
         setup.graph.parameters,
         setup.graph.macs,
         results.ingest.onnx_bytes,
+        reliability=final.original_reliability,
     )
     result = schema.NetworkReport(
         chosen.quality,
@@ -30,6 +31,7 @@ def assemble(
         results.prune.macs,
         results.export.onnx_bytes,
         chosen.agreement,
+        chosen.reliability,
     )
     return schema.Report(
         schema=schema.SCHEMA,
@@ -90,6 +92,7 @@ def _precisions(results: Results) -> tuple[schema.PrecisionReport, ...]:
                 kept_in_float=shipped.kept_in_float,
                 notes=shipped.notes,
                 failed=shipped.failed,
+                reliability=None if measured is None else measured.reliability,
             )
         )
     return build.with_advice(tuple(found))

@@ -20,14 +20,16 @@ from optpipe import (
     quality,
     store,
     timing,
+    uncertainty,
 )
 from optpipe.errors import OptpipeError
 from optpipe.pipeline import engines
 from optpipe.preparation import Setup
 from optpipe.results import Benchmarked, Exported, Ingested, Scored, Shipped
-from optpipe.types import Choice, Emit, Engine, Event, Latency
+from optpipe.types import Choice, Emit, Engine, Event, Latency, Reliability
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import fx
 
 
@@ -166,8 +168,14 @@ def benchmark(
                     measured.candidate(fingerprint),
                     quality.score(logits, labels, reference, "evaluation"),
                     quality.agreement(logits, reference, "evaluation"),
+                    _reliability(logits, labels),
                 )
             )
     assert first is not None, "the target's precision is always shipped"
     original = quality.score(reference, labels, reference, "evaluation")
-    return Benchmarked(first, original, tuple(scored), 0.0)
+    return Benchmarked(first, original, _reliability(reference, labels), tuple(scored), 0.0)
+
+
+def _reliability(logits: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Reliability | None:
+    """What the logits' probabilities are worth, where there are labels to tell."""
+    return None if labels is None else uncertainty.reliability(uncertainty.probabilities(logits), labels)

@@ -80,7 +80,8 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 def write(folder: Path, report: schema.Report) -> None:
     """Write report.json, the figures, and report.md, which shows them."""
     files.write_atomically(folder / "report.json", store.to_json(report))
-    for figure, path in zip(report.figures, markdown.figure_paths(report.figures), strict=True):
+    shown = markdown.all_figures(report)
+    for figure, path in zip(shown, markdown.figure_paths(shown), strict=True):
         files.write_atomically(folder / path, figures.figure_svg(figure))
     files.write_atomically(folder / "report.md", markdown.render(report))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from optpipe.report import reliability
 from optpipe.report.schema import NetworkReport, PrecisionReport, Report
 from optpipe.types import Cell, DeviceState, Figure, Latency, Quality, Table
 
@@ -19,6 +20,7 @@ def render(report: Report) -> str:
         _verdict(report),
         _side_by_side(report),
         _precisions(report),
+        _reliability(report),
         f"**Why this plan.** {report.reason}",
         _engines(report),
         *_tables(report),
@@ -174,6 +176,13 @@ def _without_empty_columns(table: Table) -> Table:
     return Table(table.title, tuple(table.columns[index] for index in kept), rows)
 
 
+def _reliability(report: Report) -> str:
+    """Calibration and selective accuracy, and the reliability diagram."""
+    found = reliability.table(report)
+    figures = all_figures(report)
+    return "" if found is None else f"{_table(found)}\n\n{_image(figures[-1], figure_paths(figures)[-1])}"
+
+
 def _engines(report: Report) -> str:
     """Where the candidates' engines came from, and what a cache saved."""
     count = report.engines
@@ -256,6 +265,12 @@ def _tables(report: Report) -> list[str]:
         sections += [_table(table), *[image for title, image in shown if title == table.title]]
     titles = {table.title for table in report.tables}
     return sections + [f"## {_one_line(title)}\n\n{image}" for title, image in shown if title not in titles]
+
+
+def all_figures(report: Report) -> tuple[Figure, ...]:
+    """The method's figures, and the reliability diagram last where there is one."""
+    diagram = reliability.figure(report)
+    return report.figures if diagram is None else (*report.figures, diagram)
 
 
 def figure_paths(figures: Sequence[Figure]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from optpipe.types import (
     Plan,
     Precision,
     Quality,
+    Reliability,
     Table,
     Target,
     Tune,
@@ -34,7 +35,10 @@ class BudgetReport:
 
 @dataclass(frozen=True, slots=True)
 class NetworkReport:
-    """One network as it deploys. ``agreement`` is with the original's classes on the evaluation images."""
+    """One network as it deploys. ``agreement`` is with the original's classes on the evaluation images.
+
+    ``reliability`` is measured on them too, where they have labels.
+    """
 
     quality: Quality
     latency: Latency
@@ -42,6 +46,7 @@ class NetworkReport:
     macs: int
     onnx_bytes: int
     agreement: Quality | None = None
+    reliability: Reliability | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class PrecisionReport:
     kept_in_float: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     failed: str = ""
+    reliability: Reliability | None = None
 
 
 @dataclass(frozen=True, slots=True)
