@@ -196,7 +196,7 @@ def prepare(recipe: recipes.Recipe) -> Setup:
 def _held_out(
     recipe: recipes.Recipe, calibration: data.ImageSet, channels: int, classes: int
 ) -> tuple[data.ImageSet, data.ImageSet | None]:
-    """The evaluation images and the validation images, if any; UsageError where they do not fit the others."""
+    """The evaluation images, and the validation images if any; UsageError where they do not fit."""
 
     def loaded(name: str, spec: data.DataSpec) -> data.ImageSet:
         images = data.load_images(spec, recipe.data.preprocess, channels, recipe.folder, classes=classes)

@@ -80,7 +80,19 @@ ALLOWED: dict[str, set[str]] = {
     # from the search up to the command line
     "building": {"onnx_export", "program_export", "precision", "types", "errors"},
     "contest": {"building", "timing", "types", "errors"},
-    "lab": {"files", "building", "quality", "tune", "timing", "data", "graph", "store", "types", "errors"},
+    "lab": {
+        "files",
+        "building",
+        "quality",
+        "bank",
+        "tune",
+        "timing",
+        "data",
+        "graph",
+        "store",
+        "types",
+        "errors",
+    },
     "preparation": {
         "recipe",
         "selection",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_lab import SHAPE, TARGET, Bench, Net, open_bench, same_weights
 
-from optpipe import building, data, graph, lab, models, quality, store, tune
+from optpipe import bank, building, data, graph, lab, models, quality, store, tune
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
+from optpipe.lab import teaching
 from optpipe.types import Ask, Engine, Plan, Precision, Session, Start, Target, Train, Trial, Tune
 
 SMALL = Plan(input_hw=(4, 6))
@@ -181,6 +185,92 @@ def test_a_score_is_kept_with_the_weights_and_taken_again_where_it_is_not(
     )
     assert open_bench(run, subject).trained(request).quality == first.quality
     assert (folder / "trained.json").read_text() == stored
+
+
+HELD = torch.randint(0, 256, (10, *SHAPE), generator=torch.Generator().manual_seed(3)).byte()
+
+
+def validated(subject: lab.Subject, digest: str = "v" * 64) -> lab.Subject:
+    """The subject with ten validation images."""
+    names = tuple(f"held {number}" for number in range(10))
+    held = replace(subject.calibration, pixels=HELD, labels=torch.arange(10) % 4, names=names, digest=digest)
+    return replace(subject, validation=held)
+
+
+def test_a_candidate_is_scored_on_validation_images_of_its_size(tmp_path: Path, subject: lab.Subject) -> None:
+    run, whole = store.Run(tmp_path, None), validated(subject)
+    request = Train(EVERYTHING, LEARN, score="validation")
+    answer = open_bench(run, whole).trained(request)
+    assert whole.validation is not None
+    held = data.resized(whole.validation, (4, 6))
+    assert held.labels is not None
+    hits = (tune.logits(answer.network, held).argmax(1) == held.labels).sum()
+    assert answer.quality is not None
+    assert (answer.quality.split, answer.quality.count) == ("validation", 10)
+    assert answer.quality.value == float(hits) / 10
+    # All calibration images trained it, and none of those that it is scored on.
+    expected = graph.apply(subject.original, EVERYTHING, SHAPE)
+    tune.train(expected, None, data.resized(subject.calibration, (4, 6)), LEARN, seed=0)
+    assert same_weights(answer.network, expected)
+    assert open_bench(run, whole).trained(request).quality == answer.quality
+    # Scored on other images it would be another answer; a training that is not keeps its key.
+    others = validated(subject, "w" * 64)
+    assert open_bench(run, others).trained(request).key != answer.key
+    keys = {open_bench(run, one).trained(Train(SMALL, LEARN)).key for one in (subject, whole, others)}
+    assert len(keys) == 1
+
+
+def test_without_validation_images_there_is_no_score_on_them(bench: Bench) -> None:
+    with pytest.raises(UsageError, match=r"validation images is wanted.*give \[data\] validation"):
+        bench.trained(Train(SMALL, LEARN, score="validation"))
+
+
+TAUGHT = replace(LEARN, teachers="single")
+
+
+@pytest.mark.parametrize("some", [None, (1, 4, 6, 7, 10, 11)])
+def test_the_original_teaches_at_its_own_resolution(
+    tmp_path: Path, subject: lab.Subject, some: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.Run(tmp_path / "run", None)
+    request = Train(SMALL, TAUGHT, some)
+    opened = open_bench(run, subject)
+    answer = opened.trained(request)
+    # By hand: a bank of those images' rows in the logits of the whole set, which share batch statistics.
+    said = tune.logits(subject.original, subject.calibration, batch_norm="batch").half()
+    rows = list(range(16)) if some is None else list(some)
+    labels = subject.calibration.labels
+    assert labels is not None
+    loss = float(F.cross_entropy(said[rows].float(), labels[rows]))
+    teachers = bank.MemoryBank((said[rows].numpy(),), (loss,))
+    expected = graph.apply(subject.original, SMALL, SHAPE)
+    images = data.part(data.resized(subject.calibration, (4, 6)), rows)
+    tune.train(expected, None, images, TAUGHT, seed=0, teachers=teachers)
+    assert same_weights(answer.network, expected)
+    alone = opened.trained(Train(SMALL, LEARN, some))
+    assert alone.digest != answer.digest
+    # The logits are computed once for all trainings of a run, and not again when it is resumed.
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "logit_batches", None)
+        opened.trained(Train(EVERYTHING, TAUGHT, (0, 1, 2, 3)))
+    monkeypatch.delattr(tune, "train")
+    again = open_bench(run, subject)
+    assert again.trained(request).digest == answer.digest
+    assert again.origins == ["reused"]
+
+
+def test_the_rows_of_a_bank_are_those_of_its_images(tmp_path: Path) -> None:
+    images = data.part(make_subject().calibration, range(3))
+    said = np.array([[4, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0]], dtype=np.float16)
+    rows = teaching.part(bank.MemoryBank((said,), (0.0,)), (2, 0), images)
+    assert rows.mean([0], [1, 0, 1]).tolist() == [[4, 0, 0, 0], [0, 0, 1, 0], [4, 0, 0, 0]]
+    # Classes 2 and 0: log(e + 3) - 1 and log(e^4 + 3) - 4.
+    assert rows.losses[0] == pytest.approx(((math.log(math.e + 3) - 1) + (math.log(math.e**4 + 3) - 4)) / 2)
+
+
+def test_a_training_on_the_way_has_no_ensemble(bench: Bench) -> None:
+    with pytest.raises(UsageError, match=r'teachers = "ensemble": a training within a search .* "single"'):
+        bench.trained(Train(SMALL, replace(LEARN, teachers="ensemble")))
 
 
 def test_a_training_goes_on_from_another(tmp_path: Path, subject: lab.Subject) -> None:

@@ -115,7 +115,15 @@ class Fixed:
     RECOVER: Tune = LEARN
     NEEDS_LABELS: bool = True
 
-    def check(self, shown: ModelGraph, calibration: Images, budget: Budget, config: object) -> None:
+    def check(
+        self,
+        shown: ModelGraph,
+        calibration: Images,
+        budget: Budget,
+        config: object,
+        recover: Tune,
+        validation: Images | None = None,
+    ) -> None:
         """Anything goes."""
 
     def search(self, scene: Scene, config: object) -> Search:

@@ -219,8 +219,10 @@ def test_a_network_without_droppable_blocks_is_refused_unasked() -> None:
     assert lab.requests == []
     scene = make_scene(Budget(drop_blocks=1), ())
     with pytest.raises(UsageError, match="`optpipe inspect` says why not for each"):
-        practise.check(scene.graph, scene.calibration, scene.budget, ONCE)
-    practise.check(make_scene(Budget(drop_blocks=1)).graph, scene.calibration, scene.budget, ONCE)
+        practise.check(scene.graph, scene.calibration, scene.budget, ONCE, scene.recover)
+    practise.check(
+        make_scene(Budget(drop_blocks=1)).graph, scene.calibration, scene.budget, ONCE, scene.recover
+    )
 
 
 def test_all_blocks_are_scored_once_in_one_step() -> None:

@@ -44,7 +44,15 @@ class Learner:
     RECOVER: Tune = LABELS
     NEEDS_LABELS: bool = True
 
-    def check(self, shown: ModelGraph, calibration: Images, budget: Budget, config: object) -> None:
+    def check(
+        self,
+        shown: ModelGraph,
+        calibration: Images,
+        budget: Budget,
+        config: object,
+        recover: Tune,
+        validation: Images | None = None,
+    ) -> None:
         pass
 
     def search(self, scene: Scene, config: object) -> Search:
@@ -188,6 +196,84 @@ def test_a_network_without_droppable_blocks_is_refused_with_the_recipes_path(rec
     assert preparation.prepare(
         recipes.load(recipe, [EKG, "model.name=networks_to_refuse:chain"])
     ).graph.groups
+
+
+VALIDATION = "data.validation.source=validation.npz"
+
+
+def write_validation(recipe: Path, size: int = 16, *, highest: int = 9, labelled: bool = True) -> None:
+    rng = np.random.default_rng(7)
+    arrays = {"images": rng.integers(0, 256, (12, size, size, 3), dtype=np.uint8)}
+    if labelled:
+        arrays["labels"] = np.minimum(np.arange(12), 9) * highest // 9
+    np.savez(recipe.parent / "validation.npz", **arrays)  # type: ignore[arg-type]
+
+
+def test_validation_images_are_loaded_like_the_others(recipe: Path) -> None:
+    write_validation(recipe)
+    setup = preparation.prepare(recipes.load(recipe, [VALIDATION, "data.validation.count=8"]))
+    assert setup.validation is not None
+    assert (len(setup.validation), setup.validation.shape) == (8, setup.calibration.shape)
+    assert setup.validation.mean == setup.calibration.mean
+    assert preparation.prepare(recipes.load(recipe)).validation is None
+    recipe.write_text(setup.frozen, encoding="utf-8")
+    again = preparation.prepare(recipes.load(recipe))
+    assert again.validation is not None and again.validation.digest == setup.validation.digest
+    assert again.frozen == setup.frozen
+
+
+@pytest.mark.parametrize("other", ["calibration", "evaluation"])
+def test_validation_images_are_none_of_the_others(recipe: Path, other: str) -> None:
+    override = f"data.validation={{source='{other}.npz', skip=14}}"
+    assert refused(recipe, override) == (
+        f"[data]: 6 validation images are also {other} images; the accuracy would flatter the result: give "
+        "disjoint sets"
+    )
+    disjoint = [f"data.{other}.count=14", override]
+    assert preparation.prepare(recipes.load(recipe, disjoint)).validation is not None
+
+
+def test_validation_images_of_another_shape_are_refused(recipe: Path) -> None:
+    write_validation(recipe, 8)
+    assert refused(recipe, VALIDATION) == (
+        "[data] validation: images are (3, 8, 8), calibration images (3, 16, 16); give [data.preprocess] size"
+    )
+
+
+def test_validation_labels_must_be_the_networks(recipe: Path) -> None:
+    write_validation(recipe, highest=18)
+    with pytest.raises(UsageError, match=r"validation\.npz: labels go from 0 to 18.*10 classes"):
+        preparation.prepare(recipes.load(recipe, [VALIDATION]))
+    write_validation(recipe, labelled=False)
+    assert refused(recipe, VALIDATION, "method.name=learner") == (
+        "[method] name = 'learner': needs labelled validation images, and validation.npz has no labels; give "
+        "labels, or leave [data] validation out"
+    )
+    assert preparation.prepare(recipes.load(recipe, [VALIDATION])).validation is not None
+
+
+def test_a_misspelt_key_of_the_validation_images_is_refused(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"\[data\.validation\] skp = 3: unknown key; did you mean skip\?"):
+        recipes.load(recipe, [VALIDATION, "data.validation.skp=3"])
+
+
+def test_three_d_refuses_a_recovery_by_mimicking_before_anything_is_built(recipe: Path) -> None:
+    three_d = ("method.name=three_d", "method.resolution_step=4")
+    line = refused(recipe, *three_d, "recover.name=practise")
+    assert line.startswith('[recover] loss = "mimic": three_d trains on labels')
+    assert recovery(recipe, *three_d).loss == "labels"
+
+
+def test_a_class_of_one_image_is_enough_for_three_d_beside_validation_images(recipe: Path) -> None:
+    three_d = ("method.name=three_d", "data.calibration.count=10")
+    assert "three_d needs at least two of each" in refused(recipe, *three_d)
+    write_validation(recipe)
+    np.savez(
+        recipe.parent / "calibration.npz",
+        images=np.load(recipe.parent / "calibration.npz")["images"][:10],
+        labels=np.arange(10),
+    )
+    assert recovery(recipe, *three_d, VALIDATION).loss == "labels"
 
 
 UNLABELLED = "data.calibration.labels=false"

@@ -19,7 +19,9 @@ from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import nesting
 from optpipe.methods import three_d
-from optpipe.methods.three_d.images import split
+from optpipe.methods.three_d import importance
+from optpipe.methods.three_d.collect import tuning
+from optpipe.methods.three_d.images import Split, parts_of, split
 from optpipe.types import (
     Answer,
     Ask,
@@ -105,6 +107,7 @@ class FakeLab:
             latency = make_latency(10 * ratio, ratio, interval) if "latency" in request.wants else None
             whole = shown()
             return Trial("t", request, round(whole.parameters * ratio), round(whole.macs * ratio), latency)
+        assert isinstance(request, Step)
         asked = (request.name, request.depends)
         if asked not in self.known:
             self.known[asked] = StepResult("s", request.name, request.function())
@@ -119,7 +122,8 @@ class FakeLab:
         self.plans[key] = request.plan
         value = accuracy(*share_of(request.plan))
         assert request.score is not None
-        quality = Quality("top1", value, (value - 0.01, value + 0.01), len(request.score), "calibration")
+        split = request.score if request.score == "validation" else "calibration"
+        quality = Quality("top1", value, (value - 0.01, value + 0.01), 9, split)
         return Trained(key, graph.apply(network(), request.plan, SHAPE), f"digest {key}", quality)
 
     def drive(self, running: Search) -> Choice:
@@ -216,18 +220,19 @@ def test_trainings_never_see_the_images_that_they_are_scored_on() -> None:
     labels = pictures().labels
     assert labels is not None
     for one in lab.trainings:
-        assert one.images is not None and one.score is not None
+        assert one.images is not None and isinstance(one.score, tuple)
         assert not set(one.images) & set(one.score)
         assert len(one.images) + len(one.score) == len(pictures())
         assert torch.bincount(labels[list(one.score)]).tolist() == [2, 2, 2, 2]
 
 
-def test_a_round_takes_its_epochs_in_steps_of_the_recoverys_batch_and_no_teachers() -> None:
+def test_a_round_takes_its_epochs_in_steps_of_the_recoverys_batch_and_at_most_one_teacher() -> None:
     lab = FakeLab()
     config = three_d.Config(epochs=1.5)
     lab.drive(three_d.search(make_scene(THIRD, teachers="ensemble"), config))
     assert {one.tune.steps for one in lab.trainings} == {6}  # 1.5 epochs of 32 images in batches of 8
-    assert {one.tune.teachers for one in lab.trainings} == {"none"}
+    assert {one.tune.teachers for one in lab.trainings} == {"single"}
+    assert tuning(Tune(steps=1), 1, 9).teachers == "none"
 
 
 @pytest.mark.parametrize("dimension", ["depth", "width", "resolution"])
@@ -426,11 +431,49 @@ def test_a_network_of_one_size_says_so_and_what_is_left() -> None:
     with pytest.raises(
         UsageError, match=r'its head is flat; set \[method\] dimensions = \["depth", "width"\]'
     ):
-        three_d.check(tied, pictures(), THIRD, three_d.Config())
+        three_d.check(tied, pictures(), THIRD, three_d.Config(), Tune(steps=1, loss="labels"))
+
+
+def test_with_validation_images_all_others_train_and_those_score() -> None:
+    lab = FakeLab()
+    scene = replace(make_scene(THIRD), validation=replace(pictures(9), digest="v"))
+    lab.drive(three_d.search(scene, three_d.Config(epochs=1.5, rounds=1, inside=False)))
+    assert {(one.images, one.score) for one in lab.trainings} == {(None, "validation")}
+    assert {one.tune.steps for one in lab.trainings} == {8}  # 1.5 epochs of 40 images in batches of 8
+    # Probes too are scored on them: of another set they would be other probes.
+    assert all(", v, " in depends for name, depends in lab.known if name.startswith("probes of"))
+
+
+def test_probes_are_scored_on_the_validation_images() -> None:
+    scene = replace(make_scene(THIRD), validation=pictures(12))
+    names = [block.name for block in shown().units]
+    parts = parts_of(scene, 0.2)
+    assert parts == Split(tuple(range(40)), "validation")
+    (step,) = next(importance.probe(scene, network(), "", names, parts))
+    assert isinstance(step, Step)
+    found = graph.unit_discrimination(
+        network(), pictures(), range(40), range(12), SHAPE, scored_on=scene.validation
+    )
+    assert step.function()[:2] == (found[0].before, found[0].after)
+    # Twelve images are scored, of which every one moves the accuracy by a twelfth.
+    assert all(abs(12 * one.after - round(12 * one.after)) < 1e-9 for one in found)
+    inside = graph.unit_discrimination(network(), pictures(), range(12, 40), range(12), SHAPE)
+    assert inside != found
+
+
+def test_a_class_of_one_image_is_enough_where_there_are_validation_images() -> None:
+    few = replace(pictures(), labels=torch.tensor([0] + [1] * 19 + [2] * 20))
+    asked = (shown(), few, THIRD, three_d.Config(), Tune(steps=1, loss="labels"))
+    with pytest.raises(
+        UsageError, match=r"class 0 has 1 images.*give images of that class, or \[data\] valid"
+    ):
+        three_d.check(*asked)
+    three_d.check(*asked, pictures(9))
 
 
 def test_every_class_has_images_on_both_sides_of_the_split() -> None:
     parts = split(pictures(), 0.01, 0)
+    assert parts.score != "validation"
     assert len(parts.score) == CLASSES
     labels = pictures().labels
     assert labels is not None

@@ -9,7 +9,7 @@ behind it. Here the probes are fitted in closed form, all of them in one pass ov
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ def unit_discrimination(
     score: Sequence[int],
     input_shape: tuple[int, int, int],
     *,
+    scored_on: Images | None = None,
     device: str = "cpu",
     autocast: bool = False,
     ridge: float = RIDGE,
@@ -75,7 +76,8 @@ def unit_discrimination(
 
     Probes read the globally averaged features at each unit's input and output; the output of a dense layer
     is all that the next one reads, the features before it too. They are fitted to the
-    images ``fit`` and scored on the images ``score``, by index; both have the shape ``input_shape``. Each
+    images ``fit`` and scored on the images ``score``, by index; both have the shape ``input_shape``. The
+    latter are those of another set, ``scored_on``, where one is given. Each
     image goes through the network once. Beside one batch, memory holds for each probe of C features a
     (C, C) matrix in double precision, however many images there are. ``autocast`` computes the features in
     bfloat16; ``ridge`` weighs the squared coefficients of standardised features against the mean squared
@@ -83,14 +85,17 @@ def unit_discrimination(
     Raises UsageError for images without labels, for no images to fit or to score, for one that is in both,
     for images to fit that are all of one class, and for a model that cannot be traced.
     """
-    targets = _targets(images, fit, score).to(device)
+    other = images if scored_on is None else scored_on
+    targets, wanted_there = (one.to(device) for one in _targets(images, fit, other, score))
     traced = trace(network, input_shape)
     units = [unit for unit in depth_units(traced) if unit.block.droppable]
     if not units:
         return ()
     ends = [(past_nothing(traced, unit.stream), _handed_on(traced, unit.stream, unit.end)) for unit in units]
     nodes = list(dict.fromkeys(node for pair in ends for node in pair))
-    run = _Run(_pooling(traced, nodes).to(device), images, targets, _batch(traced), device, autocast)
+    network_to = _pooling(traced, nodes).to(device)
+    run = _Run(network_to, images, targets, _batch(traced), device, autocast)
+    scoring = replace(run, images=other, targets=wanted_there)
     sums = [_Sums.of((shape(node) or ())[1], targets.shape[1], device) for node in nodes]
     for pooled, wanted in run.over(fit):
         for one, features in zip(sums, pooled, strict=True):
@@ -98,7 +103,7 @@ def unit_discrimination(
     probes = [one.solve(ridge) for one in sums]
     frequencies = targets[list(fit)].mean(0)
     tallies = [_Tally() for _ in nodes]
-    for pooled, wanted in run.over(score):
+    for pooled, wanted in scoring.over(score):
         for tally, probe, features in zip(tallies, probes, pooled, strict=True):
             tally.add(probe(features), wanted, frequencies)
     found = dict(zip(nodes, tallies, strict=True))
@@ -114,18 +119,20 @@ def unit_discrimination(
     )
 
 
-def _targets(images: Images, fit: Sequence[int], score: Sequence[int]) -> torch.Tensor:
-    """One-hot labels of all images, double (N, classes), once it is sure that probes can be fitted."""
-    labels = images.labels
-    if labels is None:
+def _targets(
+    images: Images, fit: Sequence[int], other: Images, score: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One-hot labels of both sets, double (N, classes), once it is sure that probes can be fitted."""
+    labels, others = images.labels, other.labels
+    if labels is None or others is None:
         raise UsageError(
             "units of depth are ranked by probes that tell classes apart, and these images have no labels; "
             "give labelled images"
         )
-    for what, chosen in (("fit", fit), ("score", score)):
+    for what, chosen, those in (("fit", fit, images), ("score", score, other)):
         if not len(chosen):
-            raise UsageError(f"there are no images to {what} probes with; give some of the {len(images)}")
-    both = set(fit) & set(score)
+            raise UsageError(f"there are no images to {what} probes with; give some of the {len(those)}")
+    both = set(fit) & set(score) if other is images else set()
     if both:
         raise UsageError(
             f"image {min(both)} is to be scored by probes that are fitted to it; keep the two sets apart"
@@ -136,7 +143,9 @@ def _targets(images: Images, fit: Sequence[int], score: Sequence[int]) -> torch.
             f"all {len(fit)} images that probes are to be fitted to are of class {seen.pop()}; give images "
             "of several classes"
         )
-    return F.one_hot(labels.long()).double()
+    classes = 1 + int(max(labels.max(), others.max()))
+    own, there = (F.one_hot(one.long(), classes).double() for one in (labels, others))
+    return own, there
 
 
 def _handed_on(traced: fx.GraphModule, stream: fx.Node, end: fx.Node) -> fx.Node:

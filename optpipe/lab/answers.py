@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from optpipe import building, data, graph, quality, store, timing, tune
 from optpipe.errors import UsageError
@@ -13,6 +13,7 @@ from optpipe.lab.engines import Engines
 from optpipe.lab.names import plan_name
 from optpipe.lab.nesting import begin
 from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_mimicry
+from optpipe.lab.teaching import teachers_of
 from optpipe.types import (
     Answer,
     Ask,
@@ -60,8 +61,8 @@ class Lab:
 
     Latencies are those of the whole chain: export, engine, paired timing against the baseline. They depend
     on structure and target alone, so trials of equal structure share one engine. What a search may learn
-    about accuracy comes from calibration images, at the resolution of each plan; evaluation images never
-    get here.
+    about accuracy comes from calibration images, or from the recipe's validation images, at the resolution of
+    each plan; evaluation images never get here.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Lab:
         self._emit = emit
         self._checkpoint_every = checkpoint_every
         self._resolutions = Resolutions(subject.calibration)
+        self._validation = None if subject.validation is None else Resolutions(subject.validation)
         self._engines = Engines(run, subject, self._resolutions, bench, clock, epoch, emit)
 
     def close(self) -> None:
@@ -144,7 +146,7 @@ class Lab:
     def _train(self, request: Train) -> tuple[Answer, Origin]:
         """A trained candidate; its weights stay with the run, for whoever goes on from them."""
         request = replace(request, tune=tune.on_this_machine(request.tune, self._device))
-        key = self._key("train", request, self._device)
+        key = self._key("train", request, self._device, *self._scored_by(request))
         watch = timing.Stopwatch()
         path = self._run.weights(key)
         origin: Origin = "reused" if path.exists() else "computed"
@@ -180,10 +182,26 @@ class Lab:
             checkpoint=store.DiskCheckpoint(checkpoint, self._checkpoint_every),
             emit=self._emit,
             device=self._device,
+            teachers=self._teachers(request),
         )
         store.save_tensors(path, candidate.state_dict())
         checkpoint.unlink(missing_ok=True)
         tune.release(self._device)
+
+    def _teachers(self, request: Train) -> tune.Teachers | None:
+        """What the request's images are taught by, from the bank that all trainings of the run share."""
+        folder = self._run.trial_folder(self._key("teacher", request.tune.autocast, self._device))
+        return teachers_of(request.tune, request.images, self._subject, folder, self._device, self._emit)
+
+    def _scored_by(self, request: Train) -> tuple[str, ...]:
+        """What a request's score depends on beside the calibration images: the validation images' digest."""
+        if request.score != "validation":
+            return ()
+        if self._subject.validation is None:
+            raise UsageError(
+                "a score on validation images is wanted, and there are none; give [data] validation"
+            )
+        return (self._subject.validation.digest,)
 
     def _scored(self, request: Train, key: str, network: fx.GraphModule, digest: str) -> Quality | None:
         """The network's quality where it is wanted, from trained.json where that is of its weights."""
@@ -196,17 +214,30 @@ class Lab:
         self._run.store_answer("trials", key, "trained.json", TrainedRecord(digest, measured))
         return measured
 
-    def _quality(self, network: fx.GraphModule, plan: Plan, indices: Sequence[int] | None = None) -> Quality:
-        """How well a plan's network does on calibration images of its size: all, or those at ``indices``."""
+    def _quality(
+        self,
+        network: fx.GraphModule,
+        plan: Plan,
+        score: tuple[int, ...] | Literal["validation"] | None = None,
+    ) -> Quality:
+        """How well a plan's network does on images of its size.
+
+        They are all calibration images, those at the indices ``score``, or the validation images.
+        """
+        split = "calibration"
         images, originals = self._resolutions.images(plan), self._subject.calibration
-        if indices is not None:
-            images, originals = data.part(images, indices), data.part(originals, indices)
+        if score == "validation":
+            assert self._validation is not None and self._subject.validation is not None
+            split = "validation"
+            images, originals = self._validation.images(plan), self._subject.validation
+        elif score is not None:
+            images, originals = data.part(images, score), data.part(originals, score)
         own = tune.logits(network, images, self._device).numpy()
         if images.labels is not None:
             # What the original says is asked for only where there are no labels.
-            return quality.score(own, images.labels.numpy(), own, "calibration")
+            return quality.score(own, images.labels.numpy(), own, split)
         reference = tune.logits(self._subject.original, originals, self._device).numpy()
-        return quality.agreement(own, reference, "calibration")
+        return quality.agreement(own, reference, split)
 
     def _fit(self, request: Fit) -> tuple[Answer, Origin]:
         """What a method makes and trains itself; its weights stay with the run."""

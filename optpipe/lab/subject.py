@@ -20,12 +20,16 @@ Origin = Literal["computed", "reused", "cached"]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The original, the images that a search may look at, and the seed. Not JSON-able."""
+    """The original, the images that a search may look at, and the seed. Not JSON-able.
+
+    ``validation`` are images that no training sees; None where there are none.
+    """
 
     original: fx.GraphModule
     model_digest: str
     calibration: data.ImageSet
     seed: int
+    validation: data.ImageSet | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +41,28 @@ class Clock:
 
 
 class Resolutions:
-    """The calibration images at the sizes of plans.
+    """A set of images at the sizes of plans.
 
     One other size than the recipe's is held at a time: sets are large, and a search asks for one size after
     the other.
     """
 
-    def __init__(self, calibration: data.ImageSet) -> None:
-        self._calibration = calibration
-        self._last = calibration
+    def __init__(self, images: data.ImageSet) -> None:
+        self._whole = images
+        self._last = images
 
     def shape(self, plan: Plan) -> tuple[int, int, int]:
         """(C, H, W) of the images that the plan's network takes."""
-        return graph.image_shape(plan, self._calibration.shape)
+        return graph.image_shape(plan, self._whole.shape)
 
     def images(self, plan: Plan) -> data.ImageSet:
-        """The calibration images at the plan's size."""
+        """The images at the plan's size."""
         _, height, width = self.shape(plan)
-        if (height, width) == self._calibration.shape[1:]:
-            return self._calibration
+        if (height, width) == self._whole.shape[1:]:
+            return self._whole
         if (height, width) != self._last.shape[1:]:
-            self._last = self._calibration  # the other size goes before this one comes
-            self._last = data.resized(self._calibration, (height, width))
+            self._last = self._whole  # the other size goes before this one comes
+            self._last = data.resized(self._whole, (height, width))
         return self._last
 
 

@@ -319,7 +319,8 @@ def _conditions(report: Report) -> str:
             *_clocks(report),
             f"- Target: {report.target.backend}, {report.target.precision}, batch {report.target.batch}, "
             f"input {report.target.input_shape}.",
-            f"- Calibration: {data.calibration_count} images; {validated}evaluation: {data.evaluation_count} others.",
+            f"- Calibration: {data.calibration_count} images; {validated}evaluation: "
+            f"{data.evaluation_count} others.",
             f"- Seed {report.seed}; recovery {report.recover.steps} steps of batch {report.recover.batch}.",
             f"- Stages: {stages}.",
             f"- optpipe {report.environment.optpipe}, Python {report.environment.python}; {versions}.",
