@@ -116,6 +116,7 @@ class Facts:
     versions: dict[str, str]
     calibration_count: int
     evaluation_count: int
+    validation_count: int = 0
 
 
 # Generic classes with slots are called by their bare names: Python 3.11 cannot call Row[X, Y] (it then sets an
@@ -301,6 +302,7 @@ def facts_of(report: schema.Report) -> Facts:
         versions=report.environment.versions,
         calibration_count=report.data.calibration_count,
         evaluation_count=report.data.evaluation_count,
+        validation_count=report.data.validation_count,
     )
 
 

@@ -93,9 +93,10 @@ def heading(record: Record[S, V, F], title: str, machine: str, command: str) -> 
     facts, where = record.facts, machine
     if facts is not None:
         versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        validated = f", {facts.validation_count} validation" if facts.validation_count else ""
         where = (
-            f"{facts.executed_on}, {facts.platform}; {versions}; {facts.calibration_count} training and "
-            f"{facts.evaluation_count} test images, which are disjoint"
+            f"{facts.executed_on}, {facts.platform}; {versions}; {facts.calibration_count} training"
+            f"{validated} and {facts.evaluation_count} test images, which are disjoint"
         )
     return [f"# {title}", "", f"{record.date}, {where}. Written by `python -m {command}`.", ""]
 

@@ -8,6 +8,8 @@ is not repeated, one that was stopped goes on, and one that failed is a row that
 they come. ``--scale`` is the number of epochs of the last fine-tuning; each of the 17 trainings that the
 three dimensions are learnt in takes a tenth of it, as in the recipe for a CPU, or with ``--paper`` half, 40
 of 80. One dimension alone learns nothing beforehand: its recovery takes the epochs of those trainings too.
+All rows alike have validation images of their own, of which accuracies on the way are taken, and the original
+as the teacher of every training; results with names without "validated" are of before there was either.
 Whatever is no default, the network or the scale, goes into the names of runs and results, so that no trial
 run overwrites results.
 """
@@ -41,16 +43,22 @@ VARIANTS = (
 )
 EPOCHS = 4.0
 ROUNDS = 4
-VALIDATION = 0.2
 INSIDE = 4
 TRAININGS = 1 + 3 * ROUNDS + INSIDE
+# The original knows the training images by heart: held out of those, it flatters what leaves its weights alone.
+VALIDATING = 141
+SPLIT = (
+    "data.validation.source=${OPTPIPE_DATA:-../../../shared}/data/cifar10/test_423.npz",
+    f"data.validation.count={VALIDATING}",
+    f"data.evaluation.skip={VALIDATING}",
+)
+TEACHERS = ("recover.teachers=single",)
 # The total of training steps follows from these; they are set here alone.
 FIXED = (
     "method.dimensions",
     "method.rounds",
     "method.inside",
     "method.epochs",
-    "method.validation",
     "recover.epochs",
     "recover.steps",
 )
@@ -66,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for job in jobs:
             print(shlex.join(job.command))
         return 0
-    path = arguments.out / f"three_d_{arguments.table}{runs.suffix(arguments)}.json"
+    path = arguments.out / f"three_d_{arguments.table}{named(arguments)}.json"
     record = runs.resume(Record, path, settings_of(arguments))
     wanted = [job for job in jobs if not runs.is_done(record, job)]
     workers: int = arguments.workers
@@ -98,7 +106,13 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         overrides=tuple(arguments.overrides),
         machine=runs.machine(),
         workers=arguments.workers,
+        shared=(*SPLIT, *TEACHERS),
     )
+
+
+def named(arguments: argparse.Namespace) -> str:
+    """What tells a call's runs and results from others', those without validation images too."""
+    return runs.suffix(arguments, "validated")
 
 
 def epochs_of(arguments: argparse.Namespace) -> float:
@@ -115,27 +129,27 @@ def jobs_of(arguments: argparse.Namespace, recipe: Path) -> Iterator[Job]:
             overrides = (
                 BUDGETS[arguments.table],
                 *(runs.threads_of(arguments.workers) if arguments.table == "latency" else ()),
+                *SPLIT,
+                *TEACHERS,
                 *training(variant, epochs_of(arguments)),
             )
-            named = runs.suffix(arguments)
-            yield runs.job(arguments, named, variant, seed, runs.optpipe_run(recipe), overrides)
+            yield runs.job(arguments, named(arguments), variant, seed, runs.optpipe_run(recipe), overrides)
 
 
 def training(variant: Variant, epochs: float) -> tuple[str, ...]:
     """What a configuration is and how long it trains.
 
     ``epochs`` are those of the last fine-tuning of several dimensions, after ``TRAININGS`` shorter trainings on
-    the images that are not held out. A single dimension has as many epochs in its recovery alone:
-    the same number of steps, but that each short training's last step may be a part of one.
+    the same images. A single dimension has as many epochs in its recovery alone: the same number of steps,
+    but that each short training's last step may be a part of one.
     """
     a_round = epochs_of_training(epochs)
     if len(variant.dimensions) == 1:
-        epochs += TRAININGS * a_round * (1 - VALIDATION)
+        epochs += TRAININGS * a_round
     return (
         f"method.dimensions={json.dumps(variant.dimensions)}",
         f"method.rounds={ROUNDS}",
         "method.inside=true",
-        f"method.validation={VALIDATION}",
         f"method.epochs={a_round:g}",
         f"recover.epochs={epochs:g}",
     )
@@ -179,11 +193,14 @@ def figures_of(report: schema.Report, epochs: float) -> Figures:
 
 
 def steps_of_a_round(report: schema.Report, epochs: float) -> int:
-    """Steps that a round of so many epochs took, on the images that are not held out.
+    """Steps that a round of so many epochs took, on all calibration images.
 
-    The method rounds each class's share of them by itself, so that a long round may be off by a step or two.
+    Raises:
+        RunError: the run had no validation images, so that some of those were held out.
     """
-    images = round((1 - VALIDATION) * report.data.calibration_count)
+    images = report.data.calibration_count
+    if not report.data.validation_count:
+        raise RunError(f"{report.name}: had no validation images; its trainings saw a part of the others")
     return max(1, math.ceil(epochs * images / min(report.recover.batch, images) - 1e-9))
 
 

@@ -58,7 +58,10 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What must be equal for rows to stand in one table; ``epochs`` of the last fine-tuning of several."""
+    """What must be equal for rows to stand in one table; ``epochs`` of the last fine-tuning of several.
+
+    ``shared`` is what the benchmark itself sets for all rows alike, ``overrides`` what the caller sets besides.
+    """
 
     table: str
     network: str
@@ -67,6 +70,7 @@ class Settings:
     overrides: tuple[str, ...]
     machine: str
     workers: int = 1
+    shared: tuple[str, ...] = ()
 
     @property
     def what(self) -> str:

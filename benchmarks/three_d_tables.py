@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.runs import Facts
 from benchmarks.runs_tables import (
     by_variant,
     cells,
@@ -20,7 +21,7 @@ from benchmarks.runs_tables import (
     unequal_seeds,
     who_is_first,
 )
-from benchmarks.three_d_rows import OPTIMUM, PREDICTORS, SURFACE, Record, Row
+from benchmarks.three_d_rows import OPTIMUM, PREDICTORS, SURFACE, Record, Row, Settings
 from optpipe.types import Cell
 
 PAPER_EPOCHS = 80
@@ -92,9 +93,28 @@ def introduction(record: Record) -> list[str]:
         f"other: it trains networks along each dimension for {epochs_of_training(settings.epochs):g} epochs at a time, and its "
         f"result for {settings.epochs:g} (the paper: {PAPER_EPOCHS // 2} and {PAPER_EPOCHS}, of 50000 images). "
         "A single dimension goes as far as the budget asks, with nothing to learn; its result is trained for "
-        "as many epochs as all of those trainings come to, the images that `together` holds out reckoned in."
+        "as many epochs as all of those trainings come to."
+        + alike(settings, record.facts)
         + circumstances(settings.workers, settings.overrides),
     ]
+
+
+def alike(settings: Settings, facts: Facts | None) -> str:
+    """What all rows have in common, in words; "" where the settings are of before there was any."""
+    if not settings.shared:
+        return ""
+    split = ""
+    if facts is not None:
+        whole = facts.validation_count + facts.evaluation_count
+        split = (
+            f" {facts.validation_count} of the {whole} lossless test images validate, the other "
+            f"{facts.evaluation_count} test."
+        )
+    words = ", ".join(f"`{word}`" for word in settings.shared)
+    return (
+        f"{split} Accuracies on the way are those of the validation images; all calibration images train, and "
+        f"the original's logits on them teach every training. All rows alike: {words}."
+    )
 
 
 def epochs_of_training(epochs: float) -> float:
@@ -169,7 +189,7 @@ def summary_table(rows: list[Row]) -> list[str]:
     return [
         *lines,
         "",
-        "Mean ± standard deviation over seeds. A seed decides the images that are held out, the trainings and "
+        "Mean ± standard deviation over seeds. A seed decides the order of the images, the trainings and "
         "the clock. Engines of equal structure are shared, and so is what the first row paid for them. The "
         "seconds of a stage are those of the attempt that finished it.",
     ]

@@ -33,7 +33,7 @@ from optpipe.methods.three_d.space import Level, Space  # noqa: E402
 from optpipe.report import build, schema  # noqa: E402
 from optpipe.types import Plan, Quality, Table, Tune  # noqa: E402
 
-FACTS = Facts("a processor, 2 threads", "Linux", {"torch": "2.15"}, 4660, 423)
+FACTS = Facts("a processor, 2 threads", "Linux", {"torch": "2.15"}, 4660, 282, 141)
 VARIANTS = {variant.name: variant for variant in three_d.VARIANTS}
 REASON = "d = 0.778, w = 0.875, r = 0.938: 6 of 27 blocks dropped, images of 30x30; this saves 25.0%"
 
@@ -98,7 +98,7 @@ def finished(report: schema.Report, made: tuple[Table, ...] = ()) -> schema.Repo
         reason=REASON,
         plan=Plan(drop_blocks=("layer1.1", "layer2.2"), input_hw=(30, 30)),
         recover=Tune(steps=146, epochs=4, batch=128),
-        data=dataclasses.replace(report.data, calibration_count=4660),
+        data=dataclasses.replace(report.data, calibration_count=4660, validation_count=141),
         tables=(*report.tables, *made),
     )
 
@@ -120,7 +120,8 @@ def rows(top1s: dict[str, list[float]], made: tuple[Table, ...] = ()) -> list[th
 
 
 def record(made: list[three_d_rows.Row], table: str = "latency") -> three_d_rows.Record:
-    settings = Settings(table, "resnet56", three_d.BUDGETS[table], 4.0, (), "Linux")
+    shared = (*three_d.SPLIT, *three_d.TEACHERS)
+    settings = Settings(table, "resnet56", three_d.BUDGETS[table], 4.0, (), "Linux", shared=shared)
     return Record(settings, "2026-11-21", FACTS, tuple(made))
 
 
@@ -129,7 +130,7 @@ def test_the_first_seed_of_every_configuration_comes_before_the_second(tmp_path:
     assert [job.variant.name for job in found[:4]] == ["together", "depth", "width", "resolution"]
     assert [job.seed for job in found] == [0] * 4 + [1] * 4 + [2] * 4
     assert len({job.folder for job in found}) == 12
-    assert found[4].folder.name == "macs-together-seed1"
+    assert found[4].folder.name == "macs-together-validated-seed1"
 
 
 @pytest.mark.parametrize("table", ["macs", "latency"])
@@ -145,24 +146,29 @@ def test_every_command_binds_to_the_recipe_and_the_method(tmp_path: Path, table:
         )
         config = recipes.bind(Config, loaded.method, path, "method")
         assert (config.dimensions, config.rounds, config.epochs) == (job.variant.dimensions, 4, 0.4)
+        held, rest = loaded.data.validation, loaded.data.evaluation
+        assert held is not None and (held.source, held.seed) == (rest.source, rest.seed)
+        assert (held.skip, held.count, rest.skip, rest.count) == (0, 141, 141, None)
+        recover = recipes.recovery(plugins.method("three_d").RECOVER, loaded.recover, path)
+        assert recover.teachers == "single"
 
 
 def test_all_configurations_train_for_the_same_number_of_steps(tmp_path: Path) -> None:
-    """4660 images, 3728 of them in the trainings: 17 times 12 steps and 146 against 344 in one recovery."""
+    """All 4660 images in each: 17 times 15 steps and 146 against 394 in one recovery."""
     steps: dict[str, int] = {}
     for job in jobs(tmp_path, "latency", "--seeds", "0"):
         path = next(Path(word) for word in job.command if word.endswith(".toml"))
         loaded = recipes.load(path, [f"{key}={value}" for key, value in overrides(job).items()])
         recover = recipes.recovery(plugins.method("three_d").RECOVER, loaded.recover, path)
         steps[job.variant.name] = tune.with_steps(recover, 4660).steps
-    assert steps == {"together": 146, "depth": 344, "width": 344, "resolution": 344}
-    assert 17 * 12 + 146 - 344 < 17  # each training rounds up
+    assert steps == {"together": 146, "depth": 394, "width": 394, "resolution": 394}
+    assert 17 * 15 + 146 - 394 < 17  # each training rounds up
 
 
 def test_the_papers_scale_is_40_and_80_epochs(tmp_path: Path) -> None:
     together, depth = (overrides(job) for job in jobs(tmp_path, "macs", "--paper", "--seeds", "0")[:2])
     assert (together["method.epochs"], together["recover.epochs"]) == ("40", "80")
-    assert depth["recover.epochs"] == "624"
+    assert depth["recover.epochs"] == "760"
 
 
 @pytest.mark.parametrize("word", ["method.epochs=1", "recover.epochs=9", "method.rounds = 2"])
@@ -189,8 +195,8 @@ def test_a_row_has_what_the_report_holds(report: schema.Report, method_tables: t
     found = three_d.figures_of(finished(report, method_tables), 2.0)
     assert (found.d, found.w, found.r) == (0.778, 0.875, 0.938)
     assert (found.dropped, found.size) == (2, "30x30")
-    # 13 rounds of ceil(2 * 3728 / 128)
-    assert (found.trainings, found.search_steps, found.recover_steps, found.steps) == (13, 767, 146, 913)
+    # 13 rounds of ceil(2 * 4660 / 128)
+    assert (found.trainings, found.search_steps, found.recover_steps, found.steps) == (13, 949, 146, 1095)
     assert found.measured.saving == pytest.approx(25.0)
     assert [table.title for table in found.measured.tables] == [
         OPTIMUM,
@@ -211,6 +217,28 @@ def test_a_report_of_another_method_is_refused(report: schema.Report) -> None:
         three_d.figures_of(report, 2.0)
 
 
+def test_a_run_without_validation_images_is_no_row(
+    report: schema.Report, method_tables: tuple[Table, ...]
+) -> None:
+    made = finished(report, method_tables)
+    without = dataclasses.replace(made, data=dataclasses.replace(made.data, validation_count=0))
+    with pytest.raises(RunError, match="had no validation images"):
+        three_d.figures_of(without, 2.0)
+
+
+def test_results_of_before_there_were_validation_images_are_left_alone(tmp_path: Path) -> None:
+    old = runs.RESULTS / "three_d_macs-resnet20-8epochs.json"
+    words = ("macs", "--network", "resnet20", "--scale", "8")
+    arguments = three_d.parse(call(tmp_path, *words))
+    assert three_d.named(arguments) == "-resnet20-8epochs-validated"
+    kept = store.from_json(three_d_rows.Record, old.read_bytes())
+    assert (len(kept.rows), kept.settings.shared) == (12, ())
+    assert kept.settings != dataclasses.replace(
+        three_d.settings_of(arguments), overrides=kept.settings.overrides
+    )
+    assert "validate" not in "".join(three_d_tables.introduction(kept))
+
+
 def test_rows_that_are_there_are_not_made_again(
     tmp_path: Path, report: schema.Report, method_tables: tuple[Table, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,14 +257,16 @@ def test_rows_that_are_there_are_not_made_again(
     asked = [*call(tmp_path, "latency"), "--only", "together", "depth", "--seeds", "0"]
     three_d.main(asked)
     assert ran == ["together 0", "depth 0"]
-    assert "- together, seed 0: no budget" in (tmp_path / "three_d_latency.md").read_text(encoding="utf-8")
+    assert "- together, seed 0: no budget" in (tmp_path / "three_d_latency-validated.md").read_text(
+        encoding="utf-8"
+    )
     three_d.main(asked)  # the one that failed is tried again
     assert ran == ["together 0", "depth 0", "together 0"]
-    kept = store.from_json(three_d_rows.Record, (tmp_path / "three_d_latency.json").read_bytes())
+    kept = store.from_json(three_d_rows.Record, (tmp_path / "three_d_latency-validated.json").read_bytes())
     assert [row.variant.name for row in kept.rows] == ["depth", "together"]
-    assert "no budget" not in (tmp_path / "three_d_latency.md").read_text(encoding="utf-8")
+    assert "no budget" not in (tmp_path / "three_d_latency-validated.md").read_text(encoding="utf-8")
     three_d.main([*asked, "--scale", "2", "--dry-run"])
-    assert not (tmp_path / "three_d_latency-2epochs.json").exists()
+    assert not (tmp_path / "three_d_latency-2epochs-validated.json").exists()
 
 
 def test_together_is_first_only_where_its_mean_is_the_highest() -> None:
@@ -361,3 +391,6 @@ def test_the_whole_has_the_paper_beside_it_and_says_what_failed(method_tables: t
     assert "| together | 2 | 93.10 ± 0.14 | -0.75 ± 0.14 | 50.0 ± 0.0 | 40.0 ± 0.0% |" in text
     assert "- width, seed 0: no ratio of channels is clearly faster" in text
     assert "for 0.4 epochs at a time, and its result for 4 (the paper: 40 and 80" in text
+    assert "4660 training, 141 validation and 282 test images" in text
+    assert "141 of the 423 lossless test images validate, the other 282 test." in text
+    assert "All rows alike: `data.validation.source=" in text and "`recover.teachers=single`" in text
