@@ -21,7 +21,7 @@ from optpipe import graph, models, preparation, store, timing, tune
 from optpipe import recipe as recipes
 from optpipe.backends import onnxruntime
 from optpipe.deploy.bundle import open_bundle, verify
-from optpipe.errors import RunError
+from optpipe.errors import RunError, UsageError
 from optpipe.lab import further
 from optpipe.methods.three_d import predictor, space
 from optpipe.models import ModelSpec
@@ -512,11 +512,39 @@ def test_a_budget_in_blocks_is_refused_before_anything_is_written(optpipe: Call,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_a_recovery_that_takes_no_labels_is_refused_before_anything_is_measured(
+def test_a_recovery_that_takes_no_labels_is_refused_before_anything_is_written(
     optpipe: Call, tmp_path: Path
 ) -> None:
     write_home(tmp_path, model="zoo:resnet20_cifar")
     line = refused(optpipe, tmp_path, "recover.name=practise")
     assert '[recover] loss = "mimic": three_d trains on labels' in line
-    assert not (tmp_path / "run" / "trials").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_validation_images_score_and_the_original_teaches(tmp_path: Path) -> None:
+    (tmp_path / "network_of_one_stage.py").write_text(NETWORK, encoding="utf-8")
+    write_home(tmp_path, model="network_of_one_stage:make")
+    write_images(tmp_path / "validation.npz", 8, seed=5)
+    words = ("data.validation.source=validation.npz", "recover.teachers=single", "method.rounds=1")
+    run = tmp_path / "run"
+    first = take(prepare(tmp_path, *words), run)
+    data = first.report.data
+    assert (data.calibration_count, data.validation_count, data.evaluation_count) == (40, 8, 12)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "Calibration: 40 images; validation: 8 others; evaluation: 12 others." in text
+    assert f"- validation images: `{data.validation_sha256}`" in text
+    origin = open_bundle(run)[1].origin
+    assert len(origin.validation_images) == 8 and origin.validation_images[0].startswith("validation.npz[")
+    assert 'source = "validation.npz"' in (run / "recipe.toml").read_text(encoding="utf-8")
+    shown = next(table for table in first.report.tables if table.title == "Accuracy along each dimension")
+    accuracies = [float(str(value)) for value in column(shown, "accuracy")]
+    assert all(8 * one == round(8 * one) for one in accuracies)
+    # One bank of the original's logits, which stays with the run.
+    assert len(list(run.glob("trials/*/teacher-0.npy"))) == 1
+    forget(run, "analyze")
+    again = take(prepare(tmp_path, *words), run)
+    assert {detail for _, detail in again.details("trial")} == {"reused"}
+    write_images(tmp_path / "validation.npz", 8, seed=6)
+    with pytest.raises(UsageError, match="was begun with other validation data"):
+        take(prepare(tmp_path, *words), run)
