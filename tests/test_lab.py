@@ -413,10 +413,15 @@ def test_what_was_trained_is_taken_from_the_run_and_known_by_its_weights(
     assert not resumed.network.training
 
 
+@pytest.mark.parametrize("teachers", ["none", "single"])
 def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
-    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    subject: lab.Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    teachers: Literal["none", "single"],
 ) -> None:
-    whole = open_bench(store.Run(tmp_path / "whole", None), subject).trained(Train(FIRST, LEARN, SOME))
+    request = Train(FIRST, replace(LEARN, teachers=teachers), SOME)
+    whole = open_bench(store.Run(tmp_path / "whole", None), subject).trained(request)
     run = store.Run(tmp_path / "run", None)
     save = store.DiskCheckpoint.save
 
@@ -427,11 +432,11 @@ def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(store.DiskCheckpoint, "save", stopped)
         with pytest.raises(KeyboardInterrupt):
-            open_bench(run, subject).trained(Train(FIRST, LEARN, SOME))
+            open_bench(run, subject).trained(request)
     folder = run.trial_folder(whole.key)
     assert [path.name for path in folder.iterdir()] == ["checkpoint.safetensors"]
     bench = open_bench(run, subject)
-    assert bench.trained(Train(FIRST, LEARN, SOME)).digest == whole.digest
+    assert bench.trained(request).digest == whole.digest
     assert bench.origins == ["computed"]
     assert [path.name for path in folder.iterdir()] == ["weights.safetensors"]
 

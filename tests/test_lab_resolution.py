@@ -253,6 +253,7 @@ def test_the_original_teaches_at_its_own_resolution(
     with monkeypatch.context() as patch:
         patch.setattr(tune, "logit_batches", None)
         opened.trained(Train(EVERYTHING, TAUGHT, (0, 1, 2, 3)))
+    assert [event.name for event in opened.events if event.kind == "note"] == ["memory bank"]
     monkeypatch.delattr(tune, "train")
     again = open_bench(run, subject)
     assert again.trained(request).digest == answer.digest

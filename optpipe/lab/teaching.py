@@ -57,7 +57,14 @@ def teachers_of(
     classes = tune.logits(subject.original, data.part(images, [0]), device).shape[1]
     half = tune.on_this_machine(tuning, device).autocast == "bf16"
     whole = bank.build(
-        folder, [lambda: subject.original], images, classes=classes, device=device, half=half, emit=emit
+        folder,
+        [lambda: subject.original],
+        images,
+        classes=classes,
+        device=device,
+        half=half,
+        # Once is enough: every training of the search comes by here.
+        emit=None if folder.exists() else emit,
     )
     return whole if rows is None else part(whole, rows, images)
 
