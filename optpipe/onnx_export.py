@@ -55,7 +55,7 @@ def export(
     path: Path,
     *,
     input_name: str = "input",
-    output_name: str = "logits",
+    output_names: Sequence[str] = ("logits",),
 ) -> None:
     """Write ``model`` in eval mode as one ONNX file of any batch; ``input_shape`` is (C, H, W) of an image.
 
@@ -74,7 +74,7 @@ def export(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[input_name],
-                output_names=[output_name],
+                output_names=list(output_names),
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 external_data=False,
                 optimize=True,

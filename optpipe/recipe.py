@@ -69,11 +69,14 @@ class TargetTable:
 class ExportTable:
     """The precisions in which the result is shipped, scored and timed, beside the target's own.
 
-    By default all that the backend runs. ``quantize`` says how ranges and layers are chosen for int8.
+    By default all that the backend runs. ``quantize`` says how ranges and layers are chosen for int8. With
+    ``uncertainty`` the networks that the search leaves beside the chosen one are shipped with it as an
+    ensemble that says how far each of its answers can be trusted.
     """
 
     precisions: tuple[Precision, ...] | None = None
     quantize: Settings = field(default_factory=Settings)
+    uncertainty: bool = False
 
 
 @dataclass(frozen=True, slots=True)

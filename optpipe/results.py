@@ -13,6 +13,7 @@ from optpipe.types import (
     Precision,
     Quality,
     Reliability,
+    Selective,
     Table,
 )
 
@@ -96,6 +97,25 @@ class Shipped:
 
 
 @dataclass(frozen=True, slots=True)
+class ShippedEnsemble:
+    """The bundle's ensemble of ``members`` networks, and the engine that shows what it costs.
+
+    The engine gives the ensemble's logits alone, at the target's precision, and is no part of the bundle; it
+    is relative to the run's folder. ``failed`` says why there is none. ``max_abs`` are the largest
+    differences of the ensemble's file from torch: of a log-probability, and of an uncertainty in nats; None
+    where ONNX Runtime was not there to run it.
+    """
+
+    members: int
+    bytes: int
+    max_abs: tuple[float, float] | None
+    engine: str = ""
+    engine_sha256: str = ""
+    build_s: float = 0.0
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Exported:
     """The deploy bundle: the engine of the target's precision first; sha256 of every file by its name."""
 
@@ -103,6 +123,7 @@ class Exported:
     onnx_bytes: int
     sha256: dict[str, str]
     seconds: float
+    ensemble: ShippedEnsemble | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +141,25 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredEnsemble:
+    """The ensemble on its engine, beside the original at the target's precision as any result.
+
+    The bundle's own file gives the means over the evaluation images, in nats, of expected entropy and mutual
+    information, and ``by_information``: the accuracy of its answers when those of greatest mutual information
+    are rejected. What takes labels, or ONNX Runtime, is None or empty where there are none.
+    """
+
+    latency: Latency
+    quality: Quality
+    agreement: Quality
+    reliability: Reliability | None
+    aleatoric_variance: float | None
+    expected_entropy: float | None = None
+    mutual_information: float | None = None
+    by_information: tuple[Selective, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmarked:
     """Original and results side by side, on engines timed in turn; the target's precision comes first."""
 
@@ -128,6 +168,7 @@ class Benchmarked:
     original_reliability: Reliability | None
     results: tuple[Scored, ...]
     seconds: float
+    ensemble: ScoredEnsemble | None = None
 
 
 @dataclass(frozen=True, slots=True)

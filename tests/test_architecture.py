@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "landscape": {"graph", "types", "errors"},
     "quality": {"types"},
     "uncertainty": {"types", "errors"},
+    "ensemble": set(),
     # at the machine's edge
     "backends": {"files", "types", "errors"},
     "store": {"files", "types", "errors"},
@@ -120,6 +121,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "quality",
         "uncertainty",
+        "ensemble",
         "tune",
         "bank",
         "timing",
@@ -167,9 +169,10 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 
-PURE_ROOMS = {"methods", "graph", "landscape", "losses.py", "augment.py", "uncertainty.py"}
+PURE_ROOMS = {"methods", "graph", "landscape", "losses.py", "augment.py", "uncertainty.py", "ensemble.py"}
 PURE = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in PURE_ROOMS]
 MOST_LINES = 450
+LONGER = {PACKAGE / "deploy" / "run_engine.py": 500}  # travels alone, so it cannot be split
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +395,8 @@ def test_the_check_of_pure_rooms_lets_pass(line: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_file_stays_readable_in_one_sitting(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES, f"{name(path)} has {lines} lines: split it into a folder of the same name"
+    most = LONGER.get(path, MOST_LINES)
+    assert lines <= most, f"{name(path)} has {lines} lines: split it into a folder of the same name"
 
 
 def test_the_light_modules_import_no_torch() -> None:

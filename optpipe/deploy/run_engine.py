@@ -3,6 +3,7 @@
     python run_engine.py                      time the engine at the target's precision
     python run_engine.py photo.jpg            classify an image, then time
     python run_engine.py images.npy --json    uint8 pixels (N, H, W, C), results as JSON
+    python run_engine.py photo.jpg --uncertainty    how far the ensemble in the bundle trusts itself
 
 It needs neither torch nor optpipe but numpy and what runs the engine: tensorrt and pycuda, onnxruntime, or
 openvino. An inductor package alone needs torch. An engine is executable code, so its bytes are compared with
@@ -40,6 +41,7 @@ SCHEMA = "optpipe.manifest/2"
 LATENCY, COMPUTE, ENQUEUE = "Latency", "GPU Compute Time", "Enqueue Time"
 H2D, D2H = "H2D Latency", "D2H Latency"
 MIN_ITERATIONS, UNSTABLE, ENQUEUE_BOUND = 10, 0.025, 0.8  # trtexec's, and where it begins to warn
+ENSEMBLE = "uncertainty.onnx"  # runs on the CPU, whatever the target
 CROP_RATIO = 0.875  # what "crop" keeps of the resized image
 
 
@@ -89,7 +91,18 @@ def trusted_engine(folder: Path, manifest: Json, precision: str | None) -> Engin
     entries = {entry["precision"]: entry for entry in manifest["engines"]}
     if wanted not in entries:
         raise RunnerError(2, f"{folder}: has no {wanted} engine; there are: {', '.join(entries)}")
-    name, backend = entries[wanted]["engine"], entries[wanted]["backend"]
+    return _trusted(folder, manifest, entries[wanted]["engine"], entries[wanted]["backend"], wanted, target)
+
+
+def trusted_ensemble(folder: Path, manifest: Json) -> Engine:
+    """The networks that together say how far to trust them, once their file has the manifest's sha256."""
+    if ENSEMBLE not in manifest["files"]:
+        raise RunnerError(2, f"{folder}: has no {ENSEMBLE}: the recipe must have [export] uncertainty = true")
+    target = {**manifest["target"], "device": "cpu"}
+    return _trusted(folder, manifest, ENSEMBLE, "onnxruntime", "fp32", target)
+
+
+def _trusted(folder: Path, manifest: Json, name: str, backend: str, precision: str, target: Json) -> Engine:
     path = folder / name
     if name not in manifest["files"]:
         raise RunnerError(1, f"{path}: the manifest has no sha256 of it: it is not opened")
@@ -103,7 +116,7 @@ def trusted_engine(folder: Path, manifest: Json, precision: str | None) -> Engin
         raise RunnerError(1, f"{path}: {digests}: it is not the engine that was built, and is not opened")
     shape = (target["batch"], *target["input_shape"])
     threads = target["threads"] or os.cpu_count() or 1
-    return Engine(name, backend, wanted, content, shape, threads, target, manifest["built_on"]["device"])
+    return Engine(name, backend, precision, content, shape, threads, target, manifest["built_on"]["device"])
 
 
 def package(name: str, mend: str) -> Any:
@@ -191,7 +204,13 @@ class HostRunner:
         del self._call
 
 
-def _onnxruntime(engine: Engine) -> HostRunner:
+def ensemble(engine: Engine) -> HostRunner:
+    """A runner that gives an ensemble's logits, expected entropy and mutual information side by side."""
+    return _onnxruntime(engine, ("logits", "uncertainty"))
+
+
+def _onnxruntime(engine: Engine, outputs: Sequence[str] = ()) -> HostRunner:
+    """The first output, or several side by side."""
     runtime = package("onnxruntime", "pip install onnxruntime, or onnxruntime-gpu for an NVIDIA GPU")
     gpu = engine.target["device"] == "cuda"
     if gpu and hasattr(runtime, "preload_dlls"):
@@ -214,6 +233,8 @@ def _onnxruntime(engine: Engine) -> HostRunner:
             raise
         raise RunnerError(3, f"{provider} does not load: check the driver, CUDA and cuDNN") from None
     name = session.get_inputs()[0].name
+    if outputs:
+        return HostRunner(engine.shape, lambda batch: np.hstack(session.run(outputs, {name: batch})))
     return HostRunner(engine.shape, lambda batch: session.run(None, {name: batch})[0])
 
 
@@ -407,8 +428,35 @@ def _show(engine: Engine, results: Json) -> None:
         print(remark)
 
 
+def _doubt(options: argparse.Namespace, manifest: Json) -> None:
+    """Print what the bundle's ensemble says of images and of itself; entropies are in nats."""
+    engine = trusted_ensemble(options.bundle, manifest)
+    if options.images is None:
+        raise RunnerError(2, "--uncertainty: name an image, or an .npy or .npz of uint8 pixels")
+    images = load_images(options.images, manifest["preprocess"], engine.shape)
+    try:
+        found = logits(ensemble(engine), images, engine.shape[0])
+    except RunnerError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no base in common
+        raise engine.failure(error) from error
+    rows = classify(found[:, :-2])
+    for row, (entropy, information) in zip(rows, found[:, -2:].tolist(), strict=True):
+        row.update(expected_entropy=entropy, mutual_information=information)
+    if options.json:
+        print(json.dumps({"engine": engine.name, "images": rows}, indent=1))
+        return
+    for index, row in enumerate(rows):
+        best = f"Image {index}: class {row['classes'][0]} ({row['probabilities'][0]:.1%})"
+        doubt = f"expected entropy {row['expected_entropy']:.4f}"
+        print(f"{best}, {doubt}, mutual information {row['mutual_information']:.4f} nats")
+
+
 def _run(options: argparse.Namespace) -> None:
     manifest = read_manifest(options.bundle)
+    if options.uncertainty:
+        _doubt(options, manifest)
+        return
     engine = trusted_engine(options.bundle, manifest, options.precision)
     images = options.images and load_images(options.images, manifest["preprocess"], engine.shape)
     if engine.backend not in RUNNERS:
@@ -436,6 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", help="of the engine [the target's]")
     parser.add_argument("--warmUp", type=float, default=200, metavar="MS", help="before timing [200]")
     parser.add_argument("--duration", type=float, default=3, metavar="S", help="of timing [3]")
+    parser.add_argument("--uncertainty", action="store_true", help="ask the bundle's ensemble, on the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent, help="[this folder]")
     try:

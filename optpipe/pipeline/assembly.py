@@ -58,6 +58,7 @@ def assemble(
         warnings=_warnings(setup, results),
         notes=(setup.selected.note,) if setup.selected.note else (),
         figures=choice.figures,
+        ensemble=_ensemble(results),
     )
 
 
@@ -98,6 +99,27 @@ def _precisions(results: Results) -> tuple[schema.PrecisionReport, ...]:
     return build.with_advice(tuple(found))
 
 
+def _ensemble(results: Results) -> schema.EnsembleReport | None:
+    shipped, measured = results.export.ensemble, results.benchmark.ensemble
+    if shipped is None:
+        return None
+    return schema.EnsembleReport(
+        members=shipped.members,
+        onnx_bytes=shipped.bytes,
+        build_s=shipped.build_s,
+        latency=None if measured is None else measured.latency,
+        quality=None if measured is None else measured.quality,
+        agreement=None if measured is None else measured.agreement,
+        reliability=None if measured is None else measured.reliability,
+        aleatoric_variance=None if measured is None else measured.aleatoric_variance,
+        expected_entropy=None if measured is None else measured.expected_entropy,
+        mutual_information=None if measured is None else measured.mutual_information,
+        by_information=() if measured is None else measured.by_information,
+        max_abs=shipped.max_abs,
+        failed=shipped.failed,
+    )
+
+
 def _layer_tables(results: Results) -> tuple[Table, ...]:
     return tuple(table for shipped in results.export.engines for table in shipped.tables)
 
@@ -107,6 +129,8 @@ def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
     left_out = (f"{one.precision} is left out: {one.failed}" for one in results.export.engines if one.failed)
     timed = [(f"the original at {setup.target.precision}", final.original)]
     timed += [(f"the result at {one.precision}", one.latency) for one in final.results]
+    if final.ensemble is not None:
+        timed.append(("the ensemble", final.ensemble.latency))
     misleading = (f"{name}: {warning}" for name, latency in timed for warning in latency.warnings)
     return (*known_beforehand(setup), *_drifted(results.ingest), *left_out, *misleading)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from optpipe import building, data, store, timing
+from optpipe import building, data, files, store, timing
 from optpipe.errors import RunError
 from optpipe.preparation import Setup
 from optpipe.results import Ingested
@@ -78,6 +78,13 @@ def logits(session: Session, images: data.ImageSet) -> NDArray[np.float32]:
         session.run(images.batch(slice(start, start + size)).numpy()) for start in range(0, len(images), size)
     ]
     return np.concatenate(parts)
+
+
+def store_samples(opened: store.Run, name: str, measured: timing.PairedMeasurement) -> None:
+    """Keep the raw times of a measurement beside the benchmark's result."""
+    path = opened.stage_folder("benchmark") / name
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, measured.samples_ms)
 
 
 def labels(images: data.ImageSet) -> NDArray[np.int64] | None:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
+from optpipe.errors import UsageError
 from optpipe.lab import Clock, Lab, Subject, begin, drive, refuse_mimicry
 from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
@@ -91,6 +92,12 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
         choice = drive(setup.method.search(scene, setup.config), lab)
         if choice.recover.loss == "mimic":
             refuse_mimicry(choice.plan, setup.target.input_shape)
+        if recipe.export.uncertainty and not choice.members:
+            raise UsageError(
+                f"{recipe.path}: [export] uncertainty = true: {recipe.method_name} left the chosen network "
+                "alone, and an ensemble takes several; set it to false, or search with a method that samples "
+                "networks"
+            )
         return Analyzed(choice, lab.engines, 0.0)
     finally:
         lab.close()

@@ -7,13 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from optpipe import (
     building,
     deploy,
     environment,
-    files,
     graph,
     onnx_export,
     precision,
@@ -23,12 +20,13 @@ from optpipe import (
     uncertainty,
 )
 from optpipe.errors import OptpipeError
-from optpipe.pipeline import engines
+from optpipe.pipeline import engines, ensembles
 from optpipe.preparation import Setup
 from optpipe.results import Benchmarked, Exported, Ingested, Scored, Shipped
 from optpipe.types import Choice, Emit, Engine, Event, Latency, Reliability
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import fx
 
@@ -37,7 +35,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
     """Write the deploy bundle: ONNX and engine at each precision, weights, plan, runner and manifest.
 
     An engine of another precision than the target's that cannot be built, or computes something else, is
-    left out with the reason.
+    left out with the reason. With ``[export] uncertainty`` the ensemble is there too.
     """
     folder = opened.folder / "deploy"
     shutil.rmtree(folder, ignore_errors=True)
@@ -60,6 +58,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
                 raise
             emit(Event("warning", "export", f"{wanted} is left out: {error}"))
             shipped.append(Shipped(wanted, failed=str(error)))
+    joined = ensembles.ship(setup, opened, choice, candidate, emit)
     saved = deploy.Saved(
         model=dataclasses.replace(setup.recipe.model, weights=None),
         search_folder=str(setup.recipe.folder),
@@ -90,7 +89,7 @@ def export(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Expor
         if not one.failed
     ]
     sha256 = deploy.write_bundle(folder, candidate, saved, resolved.target, origin, bundled)
-    return Exported(tuple(shipped), onnx.stat().st_size, sha256, 0.0)
+    return Exported(tuple(shipped), onnx.stat().st_size, sha256, 0.0, joined)
 
 
 def _ship(
@@ -158,9 +157,7 @@ def benchmark(
                 measured = engines.time_beside(setup, baseline, result)
                 logits = engines.logits(result, images)
             name = "samples.npy" if first is None else f"samples-{one.precision}.npy"
-            path = opened.stage_folder("benchmark") / name
-            with files.replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, measured.samples_ms)
+            engines.store_samples(opened, name, measured)
             first = first or measured.baseline(fingerprint)
             scored.append(
                 Scored(
@@ -171,9 +168,11 @@ def benchmark(
                     _reliability(logits, labels),
                 )
             )
+        joined = ensembles.score(setup, opened, choice, exported.ensemble, baseline)
     assert first is not None, "the target's precision is always shipped"
     original = quality.score(reference, labels, reference, "evaluation")
-    return Benchmarked(first, original, _reliability(reference, labels), tuple(scored), 0.0)
+    doubt = _reliability(reference, labels)
+    return Benchmarked(first, original, doubt, tuple(scored), 0.0, joined)
 
 
 def _reliability(logits: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Reliability | None:

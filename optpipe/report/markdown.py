@@ -21,6 +21,7 @@ def render(report: Report) -> str:
         _side_by_side(report),
         _precisions(report),
         _reliability(report),
+        _price_of_knowing(report),
         f"**Why this plan.** {report.reason}",
         _engines(report),
         *_tables(report),
@@ -181,6 +182,34 @@ def _reliability(report: Report) -> str:
     found = reliability.table(report)
     figures = all_figures(report)
     return "" if found is None else f"{_table(found)}\n\n{_image(figures[-1], figure_paths(figures)[-1])}"
+
+
+def _price_of_knowing(report: Report) -> str:
+    """What the ensemble tells, and what asking it costs beside the result alone."""
+    joined = report.ensemble
+    if joined is None:
+        return ""
+    said = (
+        f"**The price of knowing.** `uncertainty.onnx` joins {joined.members} networks and gives, beside the "
+        "log of their mean probabilities, each image's expected entropy and mutual information in nats."
+    )
+    if joined.latency is None or joined.quality is None:
+        return f"{said} What it costs is not known: {_one_line(joined.failed)}."
+    alone, ratio = report.result.latency.ratio_to_original, joined.latency.ratio_to_original
+    times = "" if not alone or ratio is None else f", {ratio / alone:.2f} times the result's"
+    lines = [
+        said,
+        f"An inference of its logits at {report.target.precision} takes {joined.latency.median_ms:.3f} ms "
+        f"(median), {_change(joined.latency)} against the original{times}. {joined.quality.metric} is "
+        f"{_quality(joined.quality)}, the result's {_quality(report.result.quality)}.",
+    ]
+    means = [
+        (joined.expected_entropy, "expected entropy {:.4f} nats"),
+        (joined.mutual_information, "mutual information {:.4f} nats"),
+        (joined.aleatoric_variance, "1/d^2 (DLLP, Eq. 9) {:.5f}"),
+    ]
+    found = ", ".join(text.format(value) for value, text in means if value is not None)
+    return " ".join([*lines, f"Over the evaluation images: {found}."] if found else lines)
 
 
 def _engines(report: Report) -> str:

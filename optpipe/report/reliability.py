@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from optpipe.report.schema import Report
-from optpipe.types import Cell, Curve, Figure, Reliability, Table
+from optpipe.report.schema import EnsembleReport, Report
+from optpipe.types import Cell, Curve, Figure, Reliability, Selective, Table
 
 TITLE = "Reliability: how sure of the class, and how often right"
 
@@ -18,7 +18,12 @@ def table(report: Report) -> Table | None:
     shares = [one.rejected for one in named[0][1].selective]
     heads = [f"the least sure {share:.0%} rejected" if share else "accuracy" for share in shares]
     bins = len(named[0][1].calibration.bins)
-    return Table(TITLE, ("network", f"calibration error, {bins} bins", *heads), tuple(map(_row, named)))
+    rows = [_row(name, f"{found.calibration.error:.2%}", found.selective) for name, found in named]
+    joined = report.ensemble
+    if joined is not None and joined.by_information:
+        name = f"{_ensemble(joined)}, sure by mutual information"
+        rows.append(_row(name, None, joined.by_information))
+    return Table(TITLE, ("network", f"calibration error, {bins} bins", *heads), tuple(rows))
 
 
 def figure(report: Report) -> Figure | None:
@@ -38,11 +43,16 @@ def _named(report: Report) -> Iterator[tuple[str, Reliability]]:
     for one in report.precisions:
         if one.reliability is not None:
             yield f"result, {one.precision}", one.reliability
+    if report.ensemble is not None and report.ensemble.reliability is not None:
+        yield _ensemble(report.ensemble), report.ensemble.reliability
 
 
-def _row(named: tuple[str, Reliability]) -> tuple[Cell, ...]:
-    name, found = named
-    return (name, f"{found.calibration.error:.2%}", *[f"{one.accuracy:.2%}" for one in found.selective])
+def _ensemble(ensemble: EnsembleReport) -> str:
+    return f"ensemble of {ensemble.members}"
+
+
+def _row(name: str, error: str | None, selective: Sequence[Selective]) -> tuple[Cell, ...]:
+    return (name, error, *[f"{one.accuracy:.2%}" for one in selective])
 
 
 def _curve(name: str, found: Reliability) -> Curve:

@@ -16,6 +16,7 @@ from optpipe.types import (
     Precision,
     Quality,
     Reliability,
+    Selective,
     Table,
     Target,
     Tune,
@@ -69,6 +70,32 @@ class PrecisionReport:
     notes: tuple[str, ...] = ()
     failed: str = ""
     reliability: Reliability | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleReport:
+    """The shipped ensemble, and what it costs to know how far its answers can be trusted.
+
+    ``latency``, ``quality`` and ``reliability`` are those of its logits alone on an engine at the target's
+    precision; ``failed`` says why there is none, and they are None then. ``aleatoric_variance`` is 1/d^2 of
+    the DLLP paper (Eq. 9) over the evaluation images. ``expected_entropy`` and ``mutual_information`` are
+    means over them in nats, from the bundle's file, ``max_abs`` how far its log-probabilities and
+    uncertainties are from torch's. ``by_information`` rejects the images of greatest mutual information.
+    """
+
+    members: int
+    onnx_bytes: int
+    build_s: float
+    latency: Latency | None
+    quality: Quality | None
+    agreement: Quality | None
+    reliability: Reliability | None
+    aleatoric_variance: float | None
+    expected_entropy: float | None
+    mutual_information: float | None
+    by_information: tuple[Selective, ...]
+    max_abs: tuple[float, float] | None
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +158,4 @@ class Report:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
+    ensemble: EnsembleReport | None = None
