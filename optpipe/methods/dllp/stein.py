@@ -122,10 +122,11 @@ def field(
 
 
 def _field(centred: Tensor, scores: Tensor | None, weights: Tensor, h: Tensor) -> Tensor:
-    """Eq. 14 for K = ``weights``: the last line of the derivation, with (``scores``) or without its pull."""
-    push = (2 / h) * (weights.sum(dim=-1, keepdim=True) * centred - weights @ centred)
-    total = push if scores is None else push + weights @ scores
-    return total / centred.shape[-2]
+    """Eq. 14 for K = ``weights``, the last line of the derivation, with (``scores``) or without its pull."""
+    count = centred.shape[-2]
+    apart = torch.diag_embed(weights.sum(dim=-1)) - weights
+    push = (2 / h / count * apart) @ centred
+    return push if scores is None else push + (weights / count) @ scores
 
 
 def _kernels(
