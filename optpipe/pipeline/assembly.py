@@ -132,7 +132,9 @@ def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
     if final.ensemble is not None:
         timed.append(("the ensemble", final.ensemble.latency))
     misleading = (f"{name}: {warning}" for name, latency in timed for warning in latency.warnings)
-    return (*known_beforehand(setup), *_drifted(results.ingest), *left_out, *misleading)
+    joined = results.export.ensemble
+    unpriced = (f"the ensemble has no price: {joined.failed}",) if joined and joined.failed else ()
+    return (*known_beforehand(setup), *_drifted(results.ingest), *left_out, *unpriced, *misleading)
 
 
 def known_beforehand(setup: Setup) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def ship(
     try:
         engine = _priced(Answer(joined).eval(), bench, opened.stage_folder("export") / "ensemble")
     except OptpipeError as error:
-        emit(Event("warning", "export", f"the ensemble's price is not known: {error}"))
+        emit(Event("warning", "export", f"the ensemble has no price: {error}"))
         return dataclasses.replace(shipped, failed=str(error))
     return dataclasses.replace(
         shipped,
