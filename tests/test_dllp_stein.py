@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -279,7 +279,7 @@ def test_particles_and_scores_that_do_not_belong_together_are_named() -> None:
 # ---------------------------------------------------------------- spike-and-slab regression
 
 
-IMAGES, COEFFICIENTS, TRUE, NOISE, PARTICLES = 100, 50, 5, 0.5, 64
+IMAGES, COEFFICIENTS, TRUE, NOISE = 100, 50, 5, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +303,11 @@ class Posterior:
         """True coefficients, of all problems, within their intervals."""
         return int(((self.low <= self.truth) & (self.truth <= self.high))[self.truth != 0].sum())
 
+    def spread(self) -> float:
+        """The particles' deviation over the exact one, on the true coefficients."""
+        true = self.truth != 0
+        return float(self.slab_deviation[true].mean() / self.exact_deviation[true].mean())
+
 
 def regressions(seeds: range) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (P, 100, 50), outputs (P, 100), coefficients (P, 50): 5 of size 0.5 to 2, the others zero."""
@@ -319,14 +324,31 @@ def regressions(seeds: range) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(xs), torch.stack(ys), torch.stack(truths)
 
 
-def fitted(seeds: range, pushed: bool = True) -> Posterior:
+def stein(weights: Tensor, scores: Tensor, span: Literal["whole", "each", "none"]) -> Tensor:
+    """Directions (P, particles, 50): one kernel over a problem's coefficients, one for each, or no kernel."""
+    if span == "whole":
+        return field(weights, scores)
+    if span == "each":
+        # All problems' coefficients side by side: no kernel is shared.
+        rows, pulls = (values.transpose(0, 1).flatten(1) for values in (weights, scores))
+        return moved(rows, pulls, "each").view(-1, len(weights), COEFFICIENTS).transpose(0, 1)
+    return scores
+
+
+def fitted(
+    seeds: range,
+    span: Literal["whole", "each", "none"] = "whole",
+    widths: tuple[float, float] = (0.1, 0.01),
+    particles: int = 64,
+    steps: int = 600,
+) -> Posterior:
     """DLLP on each problem: weights by Stein's direction, theta, d and lambda by the gradient of log p.
 
-    Every particle has its own theta; d and lambda are one for a problem. The spike narrows from 0.1 to 0.01,
-    what steps of Adam resolve; the cut, z = 0, is the limit of no width.
+    Every particle has its own theta; d and lambda are one for a problem. The spike's deviation goes from the
+    first of ``widths`` to the last; the cut, z = 0, is the limit of none.
     """
     x, y, truth = regressions(seeds)
-    g, steps, shape = seeded(99), 600, (len(seeds), PARTICLES, COEFFICIENTS)
+    g, shape = seeded(99), (len(seeds), particles, COEFFICIENTS)
     weights = (0.1 * torch.randn(shape, generator=g)).requires_grad_()
     phi = torch.zeros(shape, requires_grad=True)
     log_d = torch.zeros(len(seeds), 1, requires_grad=True)
@@ -337,14 +359,13 @@ def fitted(seeds: range, pushed: bool = True) -> Posterior:
         masks = sample(phi, temperature(step, steps, 1.0, 0.1), g)
         residuals = y[:, None] - torch.einsum("pkd,pnd->pkn", masks * weights, x)
         prior = log_mixture(
-            weights.square(), torch.ones(()), phi, log_slab, 1 / temperature(step, steps, 0.1, 0.01)
+            weights.square(), torch.ones(()), phi, log_slab, 1 / temperature(step, steps, *widths)
         )
         log_p = log_normal(residuals.square().sum(-1), IMAGES, log_d).sum() + prior.sum()
         optimizer.zero_grad()
         (-log_p - log_beta(phi, 1.0, 2.0).sum()).backward()  # type: ignore[no-untyped-call]
         assert weights.grad is not None
-        if pushed:
-            weights.grad = -field(weights.detach(), -weights.grad)
+        weights.grad = -stein(weights.detach(), -weights.grad, span)
         optimizer.step()
     phi, weights = phi.detach(), weights.detach()
     drawn = torch.cat([sample(phi, 0.1, g, hard=True) * weights for _ in range(20)], dim=1)
@@ -359,23 +380,46 @@ def fitted(seeds: range, pushed: bool = True) -> Posterior:
 def test_sparse_regression_finds_the_support_and_how_sure_it_is() -> None:
     """Four problems: every support; particles as wide apart as the exact posterior, within 30%."""
     found = fitted(range(100, 104))
-    true = found.truth != 0
+    false = found.truth == 0
     assert found.supports_found() == 4
     assert found.covered() >= 15
-    assert float(found.low[~true].abs().max()) < 0.1
-    assert float(found.high[~true].abs().max()) < 0.1
-    ratio = float(found.slab_deviation[true].mean() / found.exact_deviation[true].mean())
-    assert ratio == pytest.approx(1, abs=0.3)
+    assert float(found.low[false].abs().max()) < 0.1
+    assert float(found.high[false].abs().max()) < 0.1
+    assert found.spread() == pytest.approx(1, abs=0.3)
 
 
 @pytest.mark.slow
 def test_credible_intervals_of_sparse_regression_cover_the_truth() -> None:
-    """90% intervals over 20 problems: of 100 true coefficients at least 80, without the push at most 50.
+    """90% intervals over 20 problems: of 100 true coefficients at least 85, without the push at most 50.
 
-    The level is not met to the point: few particles are too close, the noise that is learnt has that of the
-    masks in it, and 20 problems have an error of 3 of their own.
+    The level is not exact: few particles are somewhat too close, the noise that is learnt has the masks' own
+    in it, and the count of 100 has an error of 3. The settings were found on other problems than these.
     """
     found = fitted(range(100, 120))
+    print(f"{found.supports_found()} of 20 supports, {found.covered()} of 100, spread {found.spread():.2f}")
     assert found.supports_found() == 20
-    assert found.covered() >= 80
-    assert fitted(range(100, 120), pushed=False).covered() <= 50
+    assert found.covered() >= 85
+    alone = fitted(range(100, 120), "none")
+    print(f"without the push {alone.covered()} of 100, spread {alone.spread():.2f}")
+    assert alone.covered() <= 50
+    assert alone.spread() < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [0.1, 0.01])
+def test_a_kernel_for_each_coefficient_is_sure_enough_whatever_the_spikes_width(last: float) -> None:
+    """One kernel over all 50 must share its push with those in the spike, unless the spike is narrow."""
+    found = fitted(range(100, 104), "each", (0.1, last), particles=32)
+    whole = fitted(range(100, 104), "whole", (0.1, last))
+    print(f"spread of each {found.spread():.2f}, of the whole {whole.spread():.2f}")
+    assert found.supports_found() == 4
+    assert found.covered() >= 17
+    assert 0.9 < found.spread() < 1.4
+    assert (whole.spread() < 0.5) == (last == 0.1)
+
+
+@pytest.mark.slow
+def test_a_spike_of_the_last_width_from_the_start_holds_no_weight() -> None:
+    """Why the spike narrows in the course of training: at 1e-6 no gradient leads into it (prior.py)."""
+    found = fitted(range(100, 104), widths=(1e-6, 1e-6))
+    assert found.supports_found() == 0

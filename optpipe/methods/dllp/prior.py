@@ -31,8 +31,12 @@ their own but follow the gradients of the same log p.
 
 What Eq. 10 alone does not do. At epsilon = 1e6 the spike holds a weight only within some 1e-5 of zero:
 elsewhere r = 1, the weight feels nothing of the spike and d log p / d phi = 1 - theta draws every theta to
-one. So that a unit can be dropped, the likelihood must be taken under sampled masks (concrete.py), where a
-unit that is not needed costs nothing to leave out, and theta needs a prior of its own: :func:`log_beta`.
+one. Three things make it choose. The likelihood is taken under sampled masks (concrete.py), where a unit that
+is not needed costs nothing to leave out. theta has a prior of its own, :func:`log_beta`. And epsilon grows in
+the course of training, from a spike as wide as the weights of a unit that is not needed to one that a step of
+the optimiser still resolves; the cut, a mask of zero, is the limit. On sparse regression with 5 of 50 true
+coefficients a spike narrowing from 0.1 to 0.01 found 20 of 20 supports, one of 1e-6 throughout none of 4
+(tests/test_dllp_stein.py).
 """
 
 from __future__ import annotations

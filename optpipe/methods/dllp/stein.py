@@ -75,12 +75,7 @@ def directions(
     blocks that differ.
     """
     _check(particles, scores)
-    xs, kernels = _kernels(particles, kernel, bandwidth, nearest)
-    pulls = _stacked(scores)
-    found = {
-        name: _as_rows(_field(x, _like(pulls[name], x), *kernels[name]), kernel) for name, x in xs.items()
-    }
-    return _unstacked(found, particles)
+    return _moved(particles, _stacked(scores), kernel, bandwidth, nearest)
 
 
 @torch.no_grad()
@@ -93,9 +88,7 @@ def repulsions(
 ) -> list[dict[str, Tensor]]:
     """The second sum of Eq. 14 alone, the push of the particles on each other; arguments as before."""
     _check(particles, particles)
-    xs, kernels = _kernels(particles, kernel, bandwidth, nearest)
-    found = {name: _as_rows(_field(x, None, *kernels[name]), kernel) for name, x in xs.items()}
-    return _unstacked(found, particles)
+    return _moved(particles, {}, kernel, bandwidth, nearest)
 
 
 @torch.no_grad()
@@ -121,28 +114,60 @@ def field(
     return _field(centred, scores, *gram(centred, bandwidth, nearest))
 
 
+def _moved(
+    particles: Sequence[Particle],
+    scores: Mapping[str, Tensor],
+    kernel: Kernel,
+    bandwidth: float | None,
+    nearest: float,
+) -> list[dict[str, Tensor]]:
+    """Eq. 14 for every block; without ``scores`` its push alone."""
+    xs = {name: _centred(x) for name, x in _stacked(particles).items()}
+    if kernel == "each":
+        found = {name: _each(x, scores.get(name), bandwidth, nearest) for name, x in xs.items()}
+    else:
+        kernels = _kernels(xs, kernel, bandwidth, nearest)
+        found = {name: _field(x, scores.get(name), *kernels[name]) for name, x in xs.items()}
+    return _unstacked(found, particles)
+
+
 def _field(centred: Tensor, scores: Tensor | None, weights: Tensor, h: Tensor) -> Tensor:
     """Eq. 14 for K = ``weights``, the last line of the derivation, with (``scores``) or without its pull."""
     count = centred.shape[-2]
     apart = torch.diag_embed(weights.sum(dim=-1)) - weights
     push = (2 / h / count * apart) @ centred
-    return push if scores is None else push + (weights / count) @ scores
+    return push if scores is None else push + (weights / count) @ scores.to(push)
+
+
+def _each(x: Tensor, scores: Tensor | None, bandwidth: float | None, nearest: float) -> Tensor:
+    """Eq. 14 for positions (N, D) with a kernel for each of the D numbers, its second line."""
+    count = len(x)
+    apart = x.unsqueeze(1) - x
+    squares = apart.square()
+    if bandwidth is None:
+        rows, columns = torch.triu_indices(count, count, 1, device=x.device)
+        h = squares[rows, columns].median(dim=0).values.clamp(min=nearest**2) / math.log(count)
+    else:
+        h = x.new_full((), bandwidth)
+    weights = torch.exp(-squares / h)
+    push = (weights * apart).sum(dim=1) * (2 / h)
+    total = push if scores is None else push + (weights * scores.to(push)).sum(dim=1)
+    return total / count
 
 
 def _kernels(
-    particles: Sequence[Particle], kernel: Kernel, bandwidth: float | None, nearest: float
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """The centred positions of every block, and the kernel (K, h) of every block."""
-    xs = {name: _centred(_as_sets(x, kernel)) for name, x in _stacked(particles).items()}
+    xs: Mapping[str, Tensor], kernel: Kernel, bandwidth: float | None, nearest: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The kernel (K, h) of every block (N, D)."""
     squares = {name: _squared_distances(x) for name, x in xs.items()}
-    if kernel in ("median", "each"):
-        return xs, {name: _gram(square, bandwidth, nearest) for name, square in squares.items()}
+    if kernel == "median":
+        return {name: _gram(square, bandwidth, nearest) for name, square in squares.items()}
     if kernel == "paper" and bandwidth is None:
         bandwidth = math.log(2)
     first = next(iter(squares.values()))
     total = torch.stack([square.to(first) for square in squares.values()]).sum(dim=0)
-    shared = _gram(total, bandwidth, nearest)
-    return xs, {name: (_like(shared[0], x), _like(shared[1], x)) for name, x in xs.items()}
+    weights, h = _gram(total, bandwidth, nearest)
+    return {name: (weights.to(x), h.to(x)) for name, x in xs.items()}
 
 
 def _gram(squares: Tensor, bandwidth: float | None, nearest: float) -> tuple[Tensor, Tensor]:
@@ -175,20 +200,6 @@ def _stacked(particles: Sequence[Particle]) -> dict[str, Tensor]:
         name: torch.stack([_wide(particle[name]).flatten() for particle in particles])
         for name in particles[0]
     }
-
-
-def _as_sets(rows: Tensor, kernel: Kernel) -> Tensor:
-    """Blocks (N, D) as D sets of one number each, (D, N, 1), where each number has its own kernel."""
-    return rows.T.unsqueeze(-1) if kernel == "each" else rows
-
-
-def _as_rows(sets: Tensor, kernel: Kernel) -> Tensor:
-    return sets.squeeze(-1).T if kernel == "each" else sets
-
-
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    values = values.to(x)
-    return values.T.unsqueeze(-1) if x.ndim == 3 and values.ndim == 2 else values
 
 
 def _unstacked(found: Mapping[str, Tensor], particles: Sequence[Particle]) -> list[dict[str, Tensor]]:
