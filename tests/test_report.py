@@ -486,12 +486,14 @@ def test_the_reliability_diagram_is_drawn_below_its_table(report: schema.Report,
     assert files_in(tmp_path) == ["figures/accuracy.svg", name, "report.json", "report.md"]
     figure = reliability.figure(whole)
     assert figure is not None
-    assert [(curve.name, curve.x) for curve in figure.curves] == [
-        ("as sure as right", (0.0, 1.0)),
-        ("original, fp32", (0.5, 1.0)),
-        ("result, fp32", (0.5, 1.0)),
+    assert [(curve.name, curve.style, curve.x) for curve in figure.curves] == [
+        ("as sure as right", "line", (0.0, 1.0)),
+        ("original, fp32", "line", (0.5, 1.0)),
+        ("original, fp32", "dots", (0.5, 1.0)),
+        ("result, fp32", "line", (0.5, 1.0)),
+        ("result, fp32", "dots", (0.5, 1.0)),
     ]
-    assert [curve.y[0] for curve in figure.curves[1:]] == pytest.approx([0.44, 0.4])
+    assert [curve.y[0] for curve in figure.curves[1::2]] == pytest.approx([0.44, 0.4])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.index("## Reliability") < text.index(f"({name})") < text.index("**Why this plan.**")
     assert text.count("![") == 2
@@ -524,8 +526,8 @@ def test_the_price_of_an_ensemble_is_told_beside_the_result(report: schema.Repor
     assert (
         "**The price of knowing.** `uncertainty.onnx` joins 4 networks and gives, beside the log of their "
         "mean probabilities, each image's expected entropy and mutual information in nats. An inference of "
-        "its logits at fp32 takes 18.000 ms (median), +125.0% (+124.0% to +126.0%) against the original, 3.00 "
-        "times the result's. top1 is 90.50% (88.0% to 92.0%), the result's 90.50% (88.0% to 92.0%). Over the "
+        "its logits at fp32 takes 18.000 ms (median), +125.0% (+124.0% to +126.0%) against the original, "
+        "3.00 times the result's. top1 is 90.50% (88.0% to 92.0%), the result's 90.50% (88.0% to 92.0%). Over the "
         "evaluation images: expected entropy 0.3000 nats, mutual information 0.0400 nats, 1/d^2 (DLLP, Eq. "
         "9) 0.02000."
     ) in text.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from optpipe.report.schema import EnsembleReport, Report
 from optpipe.types import Cell, Curve, Figure, Reliability, Selective, Table
@@ -32,7 +33,7 @@ def figure(report: Report) -> Figure | None:
     if not named:
         return None
     ideal = Curve("as sure as right", (0.0, 1.0), (0.0, 1.0))
-    curves = (_curve(name, found) for name, found in named)
+    curves = (curve for name, found in named for curve in _curves(name, found))
     return Figure(TITLE, "probability of the likeliest class", "accuracy", (ideal, *curves))
 
 
@@ -55,11 +56,12 @@ def _row(name: str, error: str | None, selective: Sequence[Selective]) -> tuple[
     return (name, error, *[f"{one.accuracy:.2%}" for one in selective])
 
 
-def _curve(name: str, found: Reliability) -> Curve:
-    """A line through the bins that hold images."""
+def _curves(name: str, found: Reliability) -> tuple[Curve, Curve]:
+    """A line through the bins that hold images, and a dot for each: there may be but one."""
     points = [
         (row.confidence, row.accuracy)
         for row in found.calibration.bins
         if row.confidence is not None and row.accuracy is not None
     ]
-    return Curve(name, tuple(x for x, _ in points), tuple(y for _, y in points))
+    line = Curve(name, tuple(x for x, _ in points), tuple(y for _, y in points))
+    return line, replace(line, style="dots")
