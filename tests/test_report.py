@@ -524,12 +524,12 @@ def test_the_price_of_an_ensemble_is_told_beside_the_result(report: schema.Repor
     assert build.read(tmp_path) == whole
     text = markdown.render(whole)
     assert (
-        "**The price of knowing.** `uncertainty.onnx` joins 4 networks and gives, beside the log of their "
-        "mean probabilities, each image's expected entropy and mutual information in nats. An inference of "
-        "its logits at fp32 takes 18.000 ms (median), +125.0% (+124.0% to +126.0%) against the original, "
-        "3.00 times the result's. top1 is 90.50% (88.0% to 92.0%), the result's 90.50% (88.0% to 92.0%). Over "
-        "the evaluation images: expected entropy 0.3000 nats, mutual information 0.0400 nats, 1/d^2 (DLLP, "
-        "Eq. 9) 0.02000."
+        "**The price of knowing.** `uncertainty.onnx` joins 4 networks and gives, beside the log of their"
+        " mean probabilities, each image's expected entropy and mutual information in nats. An inference "
+        "of its logits at fp32 takes 18.000 ms (median), +125.0% (+124.0% to +126.0%) against the "
+        "original, 3.00 times the result's. top1 is 90.50% (88.0% to 92.0%), the result's 90.50% (88.0% "
+        "to 92.0%). Over the evaluation images: expected entropy 0.3000 nats, mutual information 0.0400 "
+        "nats, 1/d^2 (DLLP, Eq. 9) 0.02000."
     ) in text.splitlines()
     assert table_rows(text, "Reliability")[3:] == [
         ["ensemble of 4", "1.00%", "75.00%", "100.00%"],
