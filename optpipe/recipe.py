@@ -283,6 +283,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("budget", "latency_ms", recipe.budget.latency_ms, False, positive),
         ("budget", "macs_reduction", recipe.budget.macs_reduction, True, share),
         ("budget", "parameters_reduction", recipe.budget.parameters_reduction, True, share),
+        ("budget", "sparsity", recipe.budget.sparsity, True, share),
         ("budget", "drop_blocks", recipe.budget.drop_blocks, False, positive),
         ("target", "batch", recipe.target.batch, False, positive),
         ("target", "threads", recipe.target.threads, False, positive),

@@ -56,12 +56,13 @@ class Analyzed:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """The chosen candidate before recovery."""
+    """The chosen candidate before recovery; ``sparsity`` is the share of its weights that are zero."""
 
     parameters: int
     macs: int
     quality: Quality
     seconds: float
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

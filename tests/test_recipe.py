@@ -228,7 +228,7 @@ def test_the_method_must_be_named(good: Path, line: str) -> None:
 def test_several_budgets_are_refused(good: Path) -> None:
     assert refusal(good, "budget.drop_blocks=3") == (
         "[budget]: give exactly one of latency_reduction, latency_ms, macs_reduction, "
-        "parameters_reduction, drop_blocks; given: "
+        "parameters_reduction, sparsity, drop_blocks; given: "
         "latency_reduction, drop_blocks"
     )
 
@@ -236,7 +236,7 @@ def test_several_budgets_are_refused(good: Path) -> None:
 def test_no_budget_is_refused(good: Path) -> None:
     assert refusal(changed(good, "latency_reduction = 0.25\n", "")) == (
         "[budget]: give exactly one of latency_reduction, latency_ms, macs_reduction, "
-        "parameters_reduction, drop_blocks; given: none"
+        "parameters_reduction, sparsity, drop_blocks; given: none"
     )
 
 

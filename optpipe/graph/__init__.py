@@ -13,6 +13,15 @@ from optpipe.graph.channels import channel_groups
 from optpipe.graph.costs import Costs
 from optpipe.graph.features import split
 from optpipe.graph.gates import Gated
+from optpipe.graph.masks import (
+    Granularity,
+    Masks,
+    fours,
+    from_fours,
+    sparsity,
+    weight_count,
+    with_weights,
+)
 from optpipe.graph.probes import UnitScore, unit_discrimination
 from optpipe.graph.refit import refit_errors
 from optpipe.graph.rescale import rescale
@@ -29,6 +38,8 @@ from optpipe.types import ModelGraph
 __all__ = [
     "Costs",
     "Gated",
+    "Granularity",
+    "Masks",
     "Part",
     "UnitScore",
     "WidthMap",
@@ -37,6 +48,8 @@ __all__ = [
     "channel_scales",
     "count",
     "fold",
+    "fours",
+    "from_fours",
     "image_shape",
     "inspect",
     "keep_largest",
@@ -45,13 +58,16 @@ __all__ = [
     "rescale",
     "scale_sources",
     "sizes_taken",
+    "sparsity",
     "split",
     "stage_readers",
     "structure_key",
     "trace",
     "unit_discrimination",
+    "weight_count",
     "width_map",
     "with_adaptors",
+    "with_weights",
 ]
 
 

@@ -58,6 +58,16 @@ class Costs:
         parameters = self._pair_parameters.cost(pairs) + self._output_parameters.cost(made)
         return self._fixed[0] + parameters, self._fixed[1] + self._pair_macs.cost(pairs)
 
+    def expected(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(parameters, MACs) for numbers of channels that need not be whole, differentiable in ``kept``.
+
+        ``kept`` is (groups,), of a floating type. At whole numbers it is :meth:`of`, to rounding.
+        """
+        made, read = self._made.between(kept), self._read.between(kept)
+        pairs = made * read
+        parameters = self._pair_parameters.rate(kept) @ pairs + self._output_parameters.rate(kept) @ made
+        return self._fixed[0] + parameters, self._fixed[1] + self._pair_macs.rate(kept) @ pairs
+
 
 class _Widths:
     """The widths of some layers at one side, as a linear function of the channels that the groups keep."""
@@ -76,6 +86,10 @@ class _Widths:
         """The width of each layer where the groups keep so many channels."""
         return self._slopes @ kept + self._rest
 
+    def between(self, kept: torch.Tensor) -> torch.Tensor:
+        """The same for numbers that need not be whole."""
+        return self._slopes.to(kept) @ kept + self._rest.to(kept)
+
 
 class _Rates:
     """What one unit of each layer costs; a fraction where a grouped convolution joins only some pairs."""
@@ -88,6 +102,10 @@ class _Rates:
     def cost(self, units: torch.Tensor) -> int:
         """The cost of all layers that have so many units each."""
         return int((units * self._numerators // self._denominators).sum())
+
+    def rate(self, like: torch.Tensor) -> torch.Tensor:
+        """What one unit of each layer costs, in the type and on the device of ``like``."""
+        return self._numerators.to(like) / self._denominators.to(like)
 
 
 def _sized(

@@ -21,7 +21,7 @@ from optpipe.types import ChannelGroup, Plan
 
 _Values = dict[fx.Node, object]
 # For each gated layer, by path, the index of each of its channels among all factors.
-_Gates = dict[str, torch.Tensor]
+Gates = dict[str, torch.Tensor]
 
 
 class Gated:
@@ -63,7 +63,7 @@ class Gated:
         self._classes = (shape(self._nodes[-1]) or (0,))[-1]
         self._dead = _last_uses(self._nodes)
         self._before = at == "readers"
-        gates = (_readers if self._before else _own)(network, self.widths)
+        gates = (input_gates if self._before else _own)(network, self.widths)
         self._gates = {path: index.to(device) for path, index in gates.items()}
         self._first = _first_gates(self._nodes, gates, self.widths)
         if any(map(_changes_in_place, self._nodes)):  # what candidates share must stay as it is
@@ -169,7 +169,7 @@ class _Run(fx.Interpreter):
         if factors.requires_grad:
             return layer(_times(layer, cast("torch.Tensor", args[0]), factors), *args[1:], **kwargs)
         # The same product, with the weights, which are far fewer than the values that they meet.
-        return functional_call(layer, {"weight": _weighted(layer, factors)}, args, kwargs)
+        return functional_call(layer, {"weight": weighted(layer, factors)}, args, kwargs)
 
     def call_method(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> object:
         if target == "view":  # channels_last cannot be viewed as what the model was written for
@@ -183,7 +183,7 @@ def _times(layer: nn.Module, x: torch.Tensor, factors: torch.Tensor) -> torch.Te
     return x * factors.view(-1, *[1] * after)
 
 
-def _weighted(layer: nn.Module, factors: torch.Tensor) -> torch.Tensor:
+def weighted(layer: nn.Module, factors: torch.Tensor) -> torch.Tensor:
     """A layer's weights, each times the factor of the input that it meets."""
     weight = cast("torch.Tensor", layer.weight)
     if isinstance(layer, nn.Linear):
@@ -201,9 +201,9 @@ def _forget_statistics(network: nn.Module) -> None:
             module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
-def _readers(network: fx.GraphModule, widths: WidthMap) -> _Gates:
+def input_gates(network: fx.GraphModule, widths: WidthMap) -> Gates:
     """For each layer that reads groups, which factor meets each of its inputs."""
-    gates: _Gates = {}
+    gates: Gates = {}
     for part, first in _placed(widths):
         if not part.outputs:
             layer = network.get_submodule(part.layer)
@@ -212,11 +212,11 @@ def _readers(network: fx.GraphModule, widths: WidthMap) -> _Gates:
     return gates
 
 
-def _own(network: fx.GraphModule, widths: WidthMap) -> _Gates:
+def _own(network: fx.GraphModule, widths: WidthMap) -> Gates:
     """For each layer of a group, or the batch-norm that alone reads it, which factor meets each output."""
     calls = {str(node.target): node for node in network.graph.nodes if node.op == "call_module"}
     layers = {path for group in widths.groups for path in group.layers}
-    gates: _Gates = {}
+    gates: Gates = {}
     for part, first in _placed(widths):
         if part.outputs and part.layer in layers:
             node = calls[part.layer]
@@ -235,14 +235,14 @@ def _placed(widths: WidthMap) -> Iterator[tuple[Part, int]]:
         first += group.channels
 
 
-def _place(gates: _Gates, part: Part, first: int, path: str, width: int, widths: WidthMap) -> None:
+def _place(gates: Gates, part: Part, first: int, path: str, width: int, widths: WidthMap) -> None:
     """Set the factors of one part in the gate at ``path``; what nobody sets has the last factor, 1."""
     if path not in gates:
         gates[path] = torch.full((width,), sum(group.channels for group in widths.groups))
     gates[path][torch.tensor(part.positions)] = first + torch.tensor(part.channels)
 
 
-def _first_gates(nodes: list[fx.Node], gates: _Gates, widths: WidthMap) -> list[int]:
+def _first_gates(nodes: list[fx.Node], gates: Gates, widths: WidthMap) -> list[int]:
     """For each group the index of the first node that its mask acts on."""
     owner = torch.repeat_interleave(torch.tensor([*(group.channels for group in widths.groups), 1]))
     first = dict[int, int]()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from optpipe.types import Ask, Plan, Scene, Trial
+from optpipe.errors import UsageError
+from optpipe.types import Ask, Budget, Plan, Scene, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,15 @@ class Meter:
     def meets(self, reading: Reading) -> bool:
         """Whether the whole interval is within the budget."""
         return reading.high <= self.allowed + 1e-9
+
+
+def refuse_sparsity(budget: Budget, method: str) -> None:
+    """UsageError for a budget in zeros, of a method that takes out whole parts and leaves none."""
+    if budget.sparsity is not None:
+        raise UsageError(
+            f"[budget] sparsity: {method} takes whole parts out of a network and leaves no zeros; give "
+            "latency_reduction, latency_ms, macs_reduction or parameters_reduction"
+        )
 
 
 def meter_of(scene: Scene) -> Meter:

@@ -25,6 +25,7 @@ from typing import Literal, cast
 
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
+from optpipe.methods._meter import refuse_sparsity
 from optpipe.types import (
     Answer,
     Ask,
@@ -101,7 +102,8 @@ def check(
     recover: Tune,
     validation: Images | None = None,
 ) -> None:
-    """UsageError where there is nothing to drop."""
+    """UsageError where there is nothing to drop, or zeros are asked for."""
+    refuse_sparsity(budget, "practise")
     if not shown.droppable:
         raise UsageError(
             "[method] practise: the network has no droppable block (a residual block with an identity "

@@ -32,6 +32,7 @@ def assemble(
         results.export.onnx_bytes,
         chosen.agreement,
         chosen.reliability,
+        results.prune.sparsity,
     )
     return schema.Report(
         schema=schema.SCHEMA,

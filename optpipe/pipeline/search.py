@@ -115,7 +115,7 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
     )
-    return Pruned(parameters, macs, measured, 0.0)
+    return Pruned(parameters, macs, measured, 0.0, graph.sparsity(candidate))
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:

@@ -30,6 +30,9 @@ def judge(
     if budget.parameters_reduction is not None:
         ratio = result.parameters / original.parameters
         return _judge_size(budget, "parameters", ratio, budget.parameters_reduction)
+    if budget.sparsity is not None:
+        met = result.sparsity >= budget.sparsity - 1e-9
+        return schema.BudgetReport(budget, met, f"zeros {result.sparsity:.2%}, asked {budget.sparsity:.2%}")
     return _judge_latency(budget, original.latency, result.latency)
 
 

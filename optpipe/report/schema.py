@@ -38,7 +38,8 @@ class BudgetReport:
 class NetworkReport:
     """One network as it deploys. ``agreement`` is with the original's classes on the evaluation images.
 
-    ``reliability`` is measured on them too, where they have labels.
+    ``reliability`` is measured on them too, where they have labels. ``sparsity`` is the share of the
+    weights of convolutions and linear layers that are zero.
     """
 
     quality: Quality
@@ -48,6 +49,7 @@ class NetworkReport:
     onnx_bytes: int
     agreement: Quality | None = None
     reliability: Reliability | None = None
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

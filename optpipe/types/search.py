@@ -286,13 +286,15 @@ class Budget:
     """What the result must meet; exactly one field is set.
 
     ``latency_reduction`` is a fraction of the original's latency, ``latency_ms`` an absolute time;
-    ``macs_reduction`` and ``parameters_reduction`` are fractions of the original's.
+    ``macs_reduction`` and ``parameters_reduction`` are fractions of the original's; ``sparsity`` is the share
+    of the weights of convolutions and linear layers that is zero.
     """
 
     latency_reduction: float | None = None
     latency_ms: float | None = None
     macs_reduction: float | None = None
     parameters_reduction: float | None = None
+    sparsity: float | None = None
     drop_blocks: int | None = None
 
     def met_in_size(self, macs: float, parameters: float) -> bool | None:

@@ -26,6 +26,7 @@ import numpy as np
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import _ladder as ladder
+from optpipe.methods._meter import refuse_sparsity
 from optpipe.methods.ekg import budgets, images, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import Field, descend, plan_of
@@ -105,6 +106,7 @@ def check(
     validation: Images | None = None,
 ) -> None:
     """UsageError for what no search can be made of: settings, a budget, a network, images."""
+    refuse_sparsity(budget, "ekg")
     if budget.drop_blocks is not None:
         raise UsageError(
             "[budget] drop_blocks: ekg narrows layers and drops no block; give latency_reduction, "

@@ -34,7 +34,7 @@ import numpy as np
 
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
-from optpipe.methods._meter import Meter, Reading, meter_of
+from optpipe.methods._meter import Meter, Reading, meter_of, refuse_sparsity
 from optpipe.methods.three_d import ends, figures, importance, predictor, tables
 from optpipe.methods.three_d.collect import Collection, Made, collect, halfway, stops, tuning
 from optpipe.methods.three_d.config import DIMENSIONS, Config
@@ -136,6 +136,7 @@ def _check_settings(config: Config) -> None:
 
 
 def _check_budget(budget: Budget, config: Config) -> None:
+    refuse_sparsity(budget, "three_d")
     if budget.drop_blocks is not None:
         raise UsageError(
             "[budget] drop_blocks: three_d weighs blocks against channels and pixels; give "
