@@ -87,3 +87,28 @@ def test_counts_that_do_not_fit_are_refused(kept: list[int]) -> None:
     layers = [nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
     with pytest.raises(ValueError, match=r"keeps one channel at least, at most \[4\]; got"):
         Costs(nn.Sequential(*layers), (3, 8, 8)).of(kept)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "branches", "densenet", "mobilenet_v2"])
+def test_expected_costs_are_the_costs_at_whole_numbers_and_have_their_slope(name: str) -> None:
+    model, shape = made(name)
+    costs = Costs(model, shape)
+    generator = torch.Generator().manual_seed(1)
+    whole = [group.channels for group in costs.widths.groups]
+    runs = torch.tensor(costs.widths.blocks, dtype=torch.float64)
+    share = 0.3 + 0.6 * torch.rand(len(whole), dtype=torch.float64, generator=generator)
+    kept = (share * torch.tensor(whole) / runs).floor().clamp(min=1) * runs
+    found = costs.expected(kept)
+    assert [round(float(one)) for one in found] == list(costs.of([int(count) for count in kept.tolist()]))
+    assert [float(one) for one in found] == pytest.approx([round(float(one)) for one in found], rel=1e-12)
+    between = (kept + 0.25).requires_grad_()
+    for number in range(2):
+        (slope,) = torch.autograd.grad(costs.expected(between)[number], between)
+        assert float(slope.min()) >= 0 and float(slope.max()) > 0
+        for group in range(len(whole)):
+            step = torch.zeros_like(between)
+            step[group] = 0.5
+            with torch.no_grad():
+                # The cost is at most quadratic in a group's channels: central differences are exact.
+                up, down = costs.expected(between + step)[number], costs.expected(between - step)[number]
+            assert float(slope[group]) == pytest.approx(float(up - down), rel=1e-6, abs=1e-3)
