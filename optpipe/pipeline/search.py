@@ -135,7 +135,10 @@ def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Reco
     key = store.digest(
         choice.plan, choice.recover, choice.start, *choice.interim, seed, setup.calibration.digest
     )[:16]
-    whole = begun if choice.start is None or choice.start.plan == Plan() else setup.original
+    # A part of what a method made itself is no network that can teach: units may be masked in it.
+    own = choice.start is not None and bool(choice.start.part)
+    narrowed = choice.start is not None and choice.start.plan != Plan()
+    whole = setup.original if own or narrowed else begun
     teachers = memory.bank_of(setup, folder / f"bank-{key}", whole, choice, emit)
     trained = tune.train(
         candidate,
