@@ -37,7 +37,7 @@ class Config:
     score: Literal["posterior", "magnitude"] = "posterior"
     start: Literal["pretrained", "scratch"] = "pretrained"
     epochs: float = 60.0
-    settle: float = 0.4
+    settle: float = 0.5
     batch: int = 512
     lr: float = 0.1
     momentum: float = 0.9
@@ -49,7 +49,7 @@ class Config:
     spike: float = 1e3
     temperature: tuple[float, float] = (1.0, 0.1)
     keep: float = 0.95
-    travel: float = 20.0
+    travel: float = 40.0
     jitter: float = 0.01
     cost: Literal["measured", "macs"] = "measured"
     builds: int = 12
