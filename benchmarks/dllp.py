@@ -58,15 +58,16 @@ PAPER_EPOCHS = dllp_tables.PAPER_EPOCHS
 PAPER_BATCH = 512
 PAPER = (f"method.batch={PAPER_BATCH}", "method.lr=0.1")
 POSTERIOR = ('method.score="posterior"', "export.uncertainty=true")
-MAIN = (Variant("dllp", POSTERIOR), Variant("magnitude", ('method.score="magnitude"',)))
+MAGNITUDE = ('method.score="magnitude"', "export.uncertainty=false")
+MAIN = (Variant("dllp", POSTERIOR), Variant("magnitude", MAGNITUDE))
 FURTHER = (
     Variant("dllp-beta0", (*POSTERIOR, "method.beta=0.0")),
     Variant("dllp-settle0", (*POSTERIOR, "method.settle=0.0")),
-    Variant("magnitude-double", ('method.score="magnitude"',)),
+    Variant("magnitude-double", MAGNITUDE),
 )
 QUICK = ("export.precisions=[]",)
 # Nothing is timed to be compared there.
-UNTIMED = ("timing.budget_s=0.5", "timing.final_budget_s=0.5")
+UNTIMED = ("timing.budget_s=0.5", "timing.final_budget_s=0.5", "export.uncertainty=false")
 IMAGES = 4660
 BATCH = 128
 # The equal number of steps follows from these; they are set here alone.
@@ -129,6 +130,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     if arguments.network is None:
         arguments.network = "resnet20" if arguments.table == "uncertainty" else "resnet56"
     own = {word.partition("=")[0] for variant in variants(arguments) for word in variant.sets}
+    if arguments.table == "uncertainty":
+        own |= {"method.batch", "method.start"}
     for word in arguments.overrides:
         if word.partition("=")[0].strip() in {*own, *FIXED}:
             raise UsageError(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.dllp_rows import AFTER, CUT, MASKED, SAMPLED, UNSETTLED, Joined, Spike
-from optpipe import data, graph, preparation, store, tune, uncertainty
+from optpipe import data, deploy, graph, preparation, store, tune, uncertainty
 from optpipe import recipe as recipes
 from optpipe.errors import RunError
 from optpipe.lab import begin
@@ -92,13 +92,16 @@ def opened(folder: Path) -> Left:
     """A finished run's recipe, images and choice.
 
     Raises:
-        RunError: its search is not done.
+        RunError: it is not finished.
     """
-    setup = preparation.prepare(recipes.load(folder / store.RECIPE))
     analyzed = store.Run(folder, None).stage_result("analyze", Analyzed)
-    if analyzed is None:
-        raise RunError(f"{folder}: the search of this run is not done")
-    return Left(folder, setup, analyzed)
+    saved = folder / "deploy" / "plan.json"
+    if analyzed is None or not saved.is_file():
+        raise RunError(f"{folder}: this run is not finished")
+    # Paths in a frozen recipe start where the recipe once lay.
+    home = Path(store.from_json(deploy.Saved, saved.read_bytes()).search_folder)
+    recipe = dataclasses.replace(recipes.load(folder / store.RECIPE), path=home / store.RECIPE)
+    return Left(folder, preparation.prepare(recipe), analyzed)
 
 
 def trainings(folder: Path) -> list[Training]:
