@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -163,8 +164,8 @@ class Networks(nn.Module):
         super().__init__()
         found = []
         for state in states:
-            network = fx.GraphModule(model, model.graph)
-            network.load_state_dict(state, assign=True)
+            network = copy.deepcopy(model)  # a module of the same graph would share the layers
+            network.load_state_dict(state)
             found.append(network)
         self.networks = nn.ModuleList(found)
 
