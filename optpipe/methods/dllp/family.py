@@ -18,6 +18,8 @@ from optpipe.types import Answer, Plan, Request, Trial
 
 MOST = 400
 """Members of a family at most; thresholds in between are passed over."""
+WELL_BELOW = 0.75
+"""Down to this share of the lowest count that is clearly faster a group still has that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def family(
     """The networks of falling size; the whole one is not among them.
 
     With ``ladders`` a group keeps the nearest number of channels that the target executes well, of two
-    equally near the larger.
+    equally near the larger; or any number that is well below the lowest of them, where one layer alone
+    showed no more time to save, so that the family does not end there.
     """
     values = torch.cat([one.flatten() for one in probabilities]).sort().values
     cut = torch.linspace(0, len(values) - 1, min(MOST, len(values))).round().long()
@@ -111,7 +114,8 @@ def largest(
         least = min(order, key=lambda one: one.reading.high)
         raise RunError(
             f"no network of the family meets the budget: the smallest that was tried leaves "
-            f"{least.reading.ratio:.1%} of the {meter.what}, {meter.allowed:.1%} is allowed; lower the "
+            f"{least.reading.ratio:.1%} ({least.reading.low:.1%} to {least.reading.high:.1%}) of the "
+            f"{meter.what}, {meter.allowed:.1%} is allowed; lower the "
             "budget, raise [method] builds, or train for longer"
         )
     return tried[below], order
@@ -121,5 +125,6 @@ def _on_rungs(ladder: Ladder, counts: tuple[int, ...], masks: graph.Masks) -> tu
     found = list(counts)
     rungs = [ladder.channels, *(rung.count for rung in ladder.rungs)]
     for group in ladder.groups:
-        found[group] = min(rungs, key=lambda rung: (abs(rung - counts[group]), -rung))
+        if counts[group] > WELL_BELOW * rungs[-1]:
+            found[group] = min(rungs, key=lambda rung: (abs(rung - counts[group]), -rung))
     return tuple(found)
