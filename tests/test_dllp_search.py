@@ -20,7 +20,7 @@ from optpipe.errors import RunError, UsageError
 from optpipe.methods import dllp
 from optpipe.methods._ladder import Ladder, Rung
 from optpipe.methods._meter import Meter
-from optpipe.methods.dllp.family import Nested, Tried, family, largest
+from optpipe.methods.dllp.family import WELL_BELOW, Nested, Tried, family, largest
 from optpipe.methods.dllp.pressure import Kept
 from optpipe.methods.dllp.training import particles_of
 from optpipe.types import (
@@ -220,7 +220,9 @@ def test_with_ladders_the_family_stops_where_the_target_is_fast() -> None:
         Rung(count, saving, saving - 0.01, saving + 0.01) for count, saving in ((12, 0.1), (6, 0.3))
     )
     found = family(masks_of(), thetas(), Kept(TOTAL), [Ladder(16, (0,), (1.0,), rungs)])
-    assert {one.counts[0] for one in found} == {16, 12, 6}
+    below = {count for count in range(1, 6) if count <= WELL_BELOW * 6}
+    assert 1 <= len(below) < 5
+    assert {one.counts[0] for one in found} == {16, 12, 6} | below
     assert len({one.counts[1] for one in found}) > 20
     for before, after in itertools.pairwise(found):
         assert all(less <= more for less, more in zip(after.counts, before.counts, strict=True))
@@ -233,11 +235,13 @@ def test_of_two_equally_near_rungs_the_larger_is_taken() -> None:
     )
     rising = [torch.arange(16) / 16, torch.ones(24), torch.ones(12)]
     found = family(masks_of(), rising, Kept(TOTAL), [Ladder(16, (0,), (1.0,), rungs)])
-    # Above i / 16 there are 15 - i: 14 is as near to 16 as to 12, and 9 to 12 as to 6.
+    # Above i / 16 there are 15 - i: 14 is as near to 16 as to 12, and 9 to 12 as to 6; well below any goes.
+    least = int(WELL_BELOW * 6)
     assert [(one.threshold * 16, one.counts) for one in found] == [
         (2, (12, 24, 12)),
         (7, (6, 24, 12)),
-        (16, (6, 1, 1)),
+        *((15 - count, (count, 24, 12)) for count in range(least, 0, -1)),
+        (16, (1, 1, 1)),
     ]
 
 
@@ -310,10 +314,12 @@ def test_where_none_meets_the_budget_the_least_that_was_reached_is_said() -> Non
     with pytest.raises(RunError) as error:
         run(members, lambda size: 0.5 + size / TOTAL / 2, 0.3, 20)
     assert str(error.value) == (
-        "no network of the family meets the budget: the smallest that was tried leaves 52.9% of the latency, "
-        "30.0% is allowed; lower the budget, raise [method] builds, or train for longer"
+        "no network of the family meets the budget: the smallest that was tried leaves 52.9% (52.5% to "
+        "53.3%) of the latency, 30.0% is allowed; lower the budget, raise [method] builds, or train for longer"
     )
-    with pytest.raises(RunError, match=r"leaves 9\d\.\d% of the latency, 30\.0% is allowed; .* builds"):
+    with pytest.raises(
+        RunError, match=r"leaves 9\d\.\d% \(.*\) of the latency, 30\.0% is allowed; .* builds"
+    ):
         run(members_of(lambda one: 0.2), lambda size: size / TOTAL, 0.3, 1)
 
 
