@@ -315,7 +315,8 @@ def test_where_none_meets_the_budget_the_least_that_was_reached_is_said() -> Non
         run(members, lambda size: 0.5 + size / TOTAL / 2, 0.3, 20)
     assert str(error.value) == (
         "no network of the family meets the budget: the smallest that was tried leaves 52.9% (52.5% to "
-        "53.3%) of the latency, 30.0% is allowed; lower the budget, raise [method] builds, or train for longer"
+        "53.3%) of the latency, 30.0% is allowed; lower the budget, raise [method] builds, or train for "
+        "longer"
     )
     with pytest.raises(
         RunError, match=r"leaves 9\d\.\d% \(.*\) of the latency, 30\.0% is allowed; .* builds"
