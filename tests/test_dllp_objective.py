@@ -78,6 +78,7 @@ def settings(**changes: object) -> Settings:
         "temperature": (1.0, 0.2),
         "aim": 1.0,
         "gate_rate": RATE,
+        "scale_rate": RATE,
     }
     return Settings(**(given | changes))  # type: ignore[arg-type]
 

@@ -14,7 +14,8 @@ Deviations. A filter's length is nothing that the network knows where a batch-no
 along that length alone, and with lambda following the shorter weights there is no end to it; so there the
 prior moves gates and lambda, and not the weights. The kernel is of the weights alone, as Eq. 14 has it;
 gates, lambda and d follow their own scores. Those are few, and their gradients differ by orders of magnitude,
-so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015). The cost that
+so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015), lambda and d
+by far less than gates. The cost that
 is allowed to be expected (see :mod:`~optpipe.methods.dllp.pressure`) falls evenly from the whole network's
 to the budget's over the first :data:`FALL` of the steps. With one particle there is no kernel, and phi_i is
 its score. With beta = 0 neither is computed, and lambda and d rest. With fixed masks, the limit of
@@ -55,6 +56,7 @@ class Settings:
     temperature: tuple[float, float]
     aim: float
     gate_rate: float
+    scale_rate: float
 
 
 @dataclass(slots=True)
@@ -209,7 +211,8 @@ class Stein:
         if before is None:
             before = now.clone()
         self.squares[name] = DECAY * before + (1 - DECAY) * now
-        return self.settings.gate_rate * gradient / (self.squares[name].sqrt() + 1e-12)
+        rate = self.settings.gate_rate if ".gates." in name else self.settings.scale_rate
+        return rate * gradient / (self.squares[name].sqrt() + 1e-12)
 
 
 def _gradients(value: Tensor, wanted: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:

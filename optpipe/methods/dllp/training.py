@@ -21,11 +21,14 @@ from optpipe.methods.dllp.particles import PART, Particles
 from optpipe.methods.dllp.pressure import Pressure, unit_costs
 from optpipe.types import Fit, Fitted, Member, Objective, Plan, Scene, Start, Tune
 
-VERSION = 1
+VERSION = 2
 """Of the trainings: raise it where the same settings would come to other weights."""
 
 Masking = Sequence[Sequence[Tensor]]
 """For each particle the masks of its units, true where a unit stays."""
+
+SCALE_TRAVEL = 3.0
+"""How far log lambda and log d would come in a training in which all gradients agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Frame:
     ) -> Fit:
         config, labels = self.config, self.scene.calibration.labels
         assert labels is not None
+        # The mean rate of a cosine is half of the first; momentum adds up to 1 / (1 - momentum) steps.
+        unit = 2 * (1 - config.momentum) / (max(1, steps) * config.lr)
         settings = Settings(
             steps=steps,
             seed=self.scene.seed,
@@ -117,8 +122,8 @@ class Frame:
             spike=config.spike,
             temperature=config.temperature,
             aim=aim,
-            # The mean rate of a cosine is half of the first; momentum adds up to 1 / (1 - momentum) steps.
-            gate_rate=2 * config.travel / max(1, steps) * (1 - config.momentum) / config.lr,
+            gate_rate=config.travel * unit,
+            scale_rate=SCALE_TRAVEL * unit,
         )
 
         def make() -> tuple[nn.Module, Objective]:
