@@ -84,6 +84,23 @@ def test_the_network_comes_back_with_its_weights(run: Path) -> None:
         assert torch.equal(loaded(torch.ones(2, *SHAPE)), expected)
 
 
+def test_a_narrowed_network_comes_back_where_the_caller_wants_no_gradients(run: Path) -> None:
+    import torch
+
+    from optpipe import graph, models
+
+    spec = json.loads((run / "deploy" / "plan.json").read_text())["model"]
+    original = models.load_model(ModelSpec(**spec), run.parent)
+    group = next(group for group in graph.inspect(original, SHAPE).groups if group.prunable)
+    plan = Plan(keep_channels=((group.name, (0,)),))
+    narrowed = graph.apply(original, plan, SHAPE)
+    saved = deploy.Saved(ModelSpec(**spec), str(run.parent), plan, SHAPE, Preprocess((0.5,), (0.5,)))
+    deploy.write_bundle(run / "deploy", narrowed, saved, TARGET, ORIGIN, [ENGINE])
+    with torch.inference_mode():
+        loaded = optpipe.load(run)
+        assert torch.equal(loaded(torch.ones(2, *SHAPE)), narrowed(torch.ones(2, *SHAPE)))
+
+
 def test_images_are_prepared_as_the_manifest_says(run: Path) -> None:
     import numpy as np
     import torch

@@ -350,7 +350,7 @@ def test_the_first_loss_that_is_no_number_is_named_with_its_step_and_rate(
     with torch.no_grad():
         next(iter(network.parameters())).fill_(math.nan)
     expected = (
-        "training diverged at step 0 of 11: the loss is nan, it was nan before; lower [recover] lr = 0.02"
+        "training diverged at step 0 of 11: the loss is nan, it was nan before; lower lr = 0.02, in [recover]"
     )
     with pytest.raises(RunError, match=re.escape(expected)):
         tune.train(network, original, images, SGD, seed=0)

@@ -141,6 +141,8 @@ def load(run: str | Path) -> nn.Module:
     Raises:
         UsageError: there is no finished run, or a file is not what the manifest says.
     """
+    import torch
+
     from optpipe import graph, models
 
     folder, _ = open_bundle(Path(run))
@@ -148,9 +150,11 @@ def load(run: str | Path) -> nn.Module:
     if problems:
         raise UsageError(f"{folder}: {problems[0]}")
     saved = store.from_json(Saved, (folder / "plan.json").read_bytes())
-    original = models.load_model(saved.model, Path(saved.search_folder))
-    candidate = graph.apply(original, saved.plan, saved.input_shape)
-    store.load_tensors(candidate, folder / "model.safetensors")
+    # Which channels go together is read off gradients; a caller may have switched them off.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        original = models.load_model(saved.model, Path(saved.search_folder))
+        candidate = graph.apply(original, saved.plan, saved.input_shape)
+        store.load_tensors(candidate, folder / "model.safetensors")
     return candidate.eval()
 
 

@@ -144,7 +144,7 @@ def _descend(
         if not math.isfinite(last):
             raise RunError(
                 f"training diverged at step {step} of {tune.steps}: the loss is {last}, it was {before:.4g} "
-                f"before; lower [recover] lr = {tune.lr:g}"
+                f"before; lower lr = {tune.lr:g}, in [recover] or where the method trains by itself"
             )
         first = last if math.isnan(first) else first
         optimizer.zero_grad(set_to_none=True)
