@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optpipe import data, graph, models, plugins, selection, tune
+from optpipe import data, graph, models, plugins, selection, synthesis, tune
 from optpipe import recipe as recipes
 from optpipe.building import Workbench
 from optpipe.errors import UsageError
@@ -21,7 +21,8 @@ class Setup:
     """A recipe with its modules, model and images loaded and checked. Not JSON-able.
 
     ``benches`` are several only where the fastest backend is still to be found; ``device`` is where torch
-    trains; ``validation`` is None where the recipe has no such images.
+    trains; ``validation`` is None where the recipe has no such images. Calibration images that are to be
+    synthesised have their labels and no pixels yet: the run makes them (:meth:`with_calibration`).
     """
 
     recipe: recipes.Recipe
@@ -65,6 +66,11 @@ class Setup:
     def frozen(self) -> str:
         """The recipe as TOML with every default written out."""
         return self.recipe.frozen(self.config, self.recover)
+
+    def with_calibration(self, images: data.ImageSet) -> Setup:
+        """The same with these calibration images."""
+        benches = tuple(dataclasses.replace(bench, images=images) for bench in self.benches)
+        return dataclasses.replace(self, calibration=images, benches=benches)
 
     def at(self, plan: Plan) -> Resolved:
         """What a plan's network takes: the original, the recipe's images and its target stay as they are."""
@@ -132,7 +138,12 @@ def prepare(recipe: recipes.Recipe) -> Setup:
     model = models.load_model(recipe.model, recipe.folder)
     channels = models.input_channels(model)
     prepared = recipe.data.preprocess
-    calibration = data.load_images(recipe.data.calibration, prepared, channels, recipe.folder)
+    made = recipe.data.synthesize is not None
+    calibration = (
+        data.awaited(recipe.data.calibration, prepared, channels)
+        if made
+        else data.load_images(recipe.data.calibration, prepared, channels, recipe.folder)
+    )
     recover = tune.with_steps(recover, len(calibration))
     shape = calibration.shape
     target = Target(
@@ -151,6 +162,8 @@ def prepare(recipe: recipes.Recipe) -> Setup:
         recipe = dataclasses.replace(recipe, target=named)
     original = graph.trace(model, shape)
     shown = graph.inspect(original, shape)
+    if made:
+        calibration = _drawn(recipe, calibration, original, shown)
     evaluation, validation = _held_out(recipe, calibration, channels, shown.classes)
     data.check_classes(calibration, shown.classes, recipe.data.calibration.source)
     if calibration.labels is None:
@@ -193,6 +206,26 @@ def prepare(recipe: recipes.Recipe) -> Setup:
     )
 
 
+def _drawn(
+    recipe: recipes.Recipe, awaited: data.ImageSet, original: fx.GraphModule, shown: ModelGraph
+) -> data.ImageSet:
+    """The images to be synthesised with their labels; UsageError where the network gives none."""
+    settings, spec = recipe.data.synthesize, recipe.data.calibration
+    assert settings is not None
+    try:
+        synthesis.normalisations(original)
+    except UsageError as error:
+        raise UsageError(f"{recipe.path}: [data.calibration] {error}") from None
+    if settings.competition and not shown.units:
+        raise UsageError(
+            f"{recipe.path}: [data.synthesize] competition = {settings.competition}: needs a network with a "
+            "block that can be dropped, to compete with; set 0"
+        )
+    if not spec.labels:
+        return awaited
+    return data.labelled(awaited, synthesis.even_labels(len(awaited), shown.classes, spec.seed))
+
+
 def _held_out(
     recipe: recipes.Recipe, calibration: data.ImageSet, channels: int, classes: int
 ) -> tuple[data.ImageSet, data.ImageSet | None]:
@@ -208,7 +241,9 @@ def _held_out(
         return images
 
     def disjoint(name: str, images: data.ImageSet, other: str, others: data.ImageSet) -> None:
-        shared = data.overlap(others, images)
+        # Synthesised images are not there yet, and nobody's photographs.
+        awaited = others is calibration and recipe.data.synthesize is not None
+        shared = 0 if awaited else data.overlap(others, images)
         if shared:
             raise UsageError(
                 f"{recipe.path}: [data]: {shared} {name} images are also {other} images; the accuracy "

@@ -21,11 +21,11 @@ from typing import TypeVar
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from optpipe.data import DataSpec, Preprocess
+from optpipe.data import SYNTHESIZE, DataSpec, Preprocess, check_synthesis
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
 from optpipe.precision import Settings, check
-from optpipe.types import Budget, Precision, Tune
+from optpipe.types import Budget, Precision, Synthesis, Tune
 
 T = TypeVar("T")
 Value = str | int | float | bool | Sequence["Value"] | Mapping[str, "Value"]
@@ -39,12 +39,14 @@ class DataTable:
     ``evaluation`` must be there: it is never trained on, and an accuracy measured on calibration images
     would flatter the result. ``validation`` is what a search may learn accuracy from, by itself disjoint from
     both; without it a search learns from calibration images, which the original may know by heart.
+    ``synthesize`` says how calibration images of source "synthesize" are made; None for all others.
     """
 
     calibration: DataSpec
     evaluation: DataSpec
     preprocess: Preprocess
     validation: DataSpec | None = None
+    synthesize: Synthesis | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,9 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
 
 
 def _with_defaults(data: RawTable) -> RawTable:
-    return {"preprocess": {}, **data}
+    calibration = data.get("calibration")
+    asked = isinstance(calibration, Mapping) and calibration.get("source") == SYNTHESIZE
+    return {"preprocess": {}, **({"synthesize": {}} if asked else {}), **data}
 
 
 def bind(cls: type[T], table: RawTable, path: Path, where: str) -> T:
@@ -296,6 +300,8 @@ def _check_ranges(recipe: Recipe) -> None:
     if recipe.run.seed < 0:
         raise UsageError(f"{recipe.path}: [run] seed = {recipe.run.seed}: must not be below 0")
     check(recipe.export.quantize, f"{recipe.path}: [export.quantize]")
+    images = recipe.data
+    check_synthesis(images.calibration, images.preprocess, images.synthesize, str(recipe.path))
     for table, key, value, below_one, message in checks:
         # Written so that nan fails too.
         if value is not None and not 0 < value < (1 if below_one else math.inf):

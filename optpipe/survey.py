@@ -309,7 +309,7 @@ def _open(run: Path) -> _Opened:
 
 def _labelled(run: Path, recipe: recipes.Recipe, home: Path, channels: int) -> data.ImageSet:
     """The run's calibration images; UsageError where they are gone or have no labels."""
-    spec = recipe.data.calibration
+    spec = data.made(recipe.data.calibration, run)
     try:
         images = data.load_images(spec, recipe.data.preprocess, channels, home)
     except UsageError as error:

@@ -6,18 +6,25 @@ Importing this room is light: torch and Pillow come in only when images are load
 from optpipe.data.preparing import CROP_RATIO, Labels, Pixels, Preprocess, at_size, network_input, resize
 from optpipe.data.sets import ImageSet, check_classes, load_images, overlap, part, resized
 from optpipe.data.sources import IMAGE_SUFFIXES, DataSpec
+from optpipe.data.synthesized import SYNTHESIZE, SYNTHESIZED, awaited, check_synthesis, labelled, made
 
 __all__ = [
     "CROP_RATIO",
     "IMAGE_SUFFIXES",
+    "SYNTHESIZE",
+    "SYNTHESIZED",
     "DataSpec",
     "ImageSet",
     "Labels",
     "Pixels",
     "Preprocess",
     "at_size",
+    "awaited",
     "check_classes",
+    "check_synthesis",
+    "labelled",
     "load_images",
+    "made",
     "network_input",
     "overlap",
     "part",

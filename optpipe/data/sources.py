@@ -27,6 +27,7 @@ class DataSpec:
     ``source`` is a folder of images, an .npz file with ``images`` and perhaps ``labels``, or a
     "package.module:function" that returns (uint8 images (N, H, W, C), labels or None). Subsets of one
     source with the same seed are disjoint where their ranges are. ``labels = False`` leaves labels out.
+    Calibration images of source "synthesize" are made from the network by the run.
     """
 
     source: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optpipe import contest, store
+from optpipe.pipeline import synthesizing
 from optpipe.preparation import Setup
 from optpipe.report import build, schema
 from optpipe.results import Ingested, Results
@@ -72,6 +73,7 @@ def _data(setup: Setup) -> schema.DataReport:
         evaluation_sha256=setup.evaluation.digest,
         validation_count=0 if validation is None else len(validation),
         validation_sha256=None if validation is None else validation.digest,
+        contact_sheet=None if setup.recipe.data.synthesize is None else synthesizing.SHEET,
     )
 
 

@@ -13,6 +13,7 @@ from optpipe.errors import UsageError
 from optpipe.pipeline.assembly import assemble, known_beforehand
 from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
 from optpipe.pipeline.shipping import benchmark, export
+from optpipe.pipeline.synthesizing import synthesized
 from optpipe.preparation import Setup
 from optpipe.report import build, schema
 from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Inputs, Pruned, Recovered, Results
@@ -35,6 +36,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
             opened.emit(event)
             emit(event)
 
+        setup = synthesized(setup, opened, tell)
         _check_inputs(setup, opened)
         if setup.selected.note:
             tell(Event("note", "backend", setup.selected.note))

@@ -25,6 +25,7 @@ def render(report: Report) -> str:
         f"**Why this plan.** {report.reason}",
         _engines(report),
         *_tables(report),
+        _synthesized(report),
         _conditions(report),
         _hashes(report),
     ]
@@ -296,6 +297,17 @@ def _tables(report: Report) -> list[str]:
     return sections + [f"## {_one_line(title)}\n\n{image}" for title, image in shown if title not in titles]
 
 
+def _synthesized(report: Report) -> str:
+    """The contact sheet of calibration images that were made from the original."""
+    data = report.data
+    if data.contact_sheet is None:
+        return ""
+    return (
+        "## Calibration images made from the original alone\n\n"
+        f"![{data.calibration_count} synthesised images, the first of them]({data.contact_sheet})"
+    )
+
+
 def all_figures(report: Report) -> tuple[Figure, ...]:
     """The method's figures, and the reliability diagram last where there is one."""
     diagram = reliability.figure(report)
@@ -338,6 +350,7 @@ def _one_line(text: str) -> str:
 def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report.environment.versions.items())
     data = report.data
+    made = "" if data.contact_sheet is None else "synthesised "
     validated = f"validation: {data.validation_count} others; " if data.validation_count else ""
     stages = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in report.stages.items())
     return "\n".join(
@@ -348,7 +361,7 @@ def _conditions(report: Report) -> str:
             *_clocks(report),
             f"- Target: {report.target.backend}, {report.target.precision}, batch {report.target.batch}, "
             f"input {report.target.input_shape}.",
-            f"- Calibration: {data.calibration_count} images; {validated}evaluation: "
+            f"- Calibration: {data.calibration_count} {made}images; {validated}evaluation: "
             f"{data.evaluation_count} others.",
             f"- Seed {report.seed}; recovery {report.recover.steps} steps of batch {report.recover.batch}.",
             f"- Stages: {stages}.",

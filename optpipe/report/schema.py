@@ -122,7 +122,8 @@ class EnvironmentReport:
 class DataReport:
     """The image sets: how many, and the sha256 over pixels, labels and preprocessing.
 
-    Without validation images there are 0 of them, and no sha256.
+    Without validation images there are 0 of them, and no sha256. ``contact_sheet`` is where synthesised
+    calibration images are shown, seen from the report; None where they are not synthesised.
     """
 
     calibration_count: int
@@ -131,6 +132,7 @@ class DataReport:
     evaluation_sha256: str
     validation_count: int = 0
     validation_sha256: str | None = None
+    contact_sheet: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

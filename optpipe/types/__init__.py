@@ -45,6 +45,7 @@ from optpipe.types.search import (
     Tune,
     Want,
 )
+from optpipe.types.synthesis import Synthesis
 
 __all__ = [
     "Answer",
@@ -88,6 +89,7 @@ __all__ = [
     "Step",
     "StepResult",
     "Surface",
+    "Synthesis",
     "Table",
     "Target",
     "Train",

@@ -1,0 +1,281 @@
+"""Images from a network alone, by DeepInversion (Yin et al., "Dreaming to Distill", CVPR 2020). Pure.
+
+Pixels are what is trained: until the network takes each image for its class, until batch statistics at every
+batch-norm are those that it keeps of its training data, and until neighbours are alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from optpipe.augment import flip
+from optpipe.errors import RunError, UsageError
+from optpipe.types import Synthesis
+
+HALVED_FROM = 224
+"""Images of this size and above are first made at half of it."""
+
+HALF_SHARE = 2 / 3
+"""The share of the steps at half the size; the details take fewer."""
+
+JITTER_SHARE = 1 / 8
+"""How far an image is rolled before a step: 4 pixels of 32."""
+
+TOLD_EVERY = 50
+
+Told = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """Which images: of ``labels`` int64 (N,), ``shape`` (C, H, W), normalised by ``mean`` and ``std``.
+
+    ``halved`` allows a start at half the size; leave it out where the network takes its own size alone.
+    """
+
+    labels: NDArray[np.int64]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+    halved: bool = True
+
+
+# ---------------------------------------------------------------- what is minimised
+
+
+def statistics_distance(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """How far a batch's statistics are from those kept: ||mu - mean|| + ||sigma^2 - variance|| (Eq. 4).
+
+    ``features`` (N, C, ...) are what comes into a batch-norm, whose kept statistics are (C,).
+    """
+    places = [0, *range(2, features.dim())]
+    own_variance, own_mean = torch.var_mean(features.float(), dim=places, correction=0)
+    distances = _norms(torch.stack([own_mean - mean, own_variance - variance]))
+    return distances.sum()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """The l2 norms of the differences of neighbours in four directions, summed; the mean over images.
+
+    The paper has a norm over the batch; the mean of the images' own keeps one weight fit for all batches.
+    """
+    differences = (
+        images[:, :, 1:] - images[:, :, :-1],
+        images[..., 1:] - images[..., :-1],
+        images[:, :, 1:, 1:] - images[:, :, :-1, :-1],
+        images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
+    )
+    return torch.stack([_norms(difference).mean() for difference in differences]).sum()
+
+
+def l2(images: Tensor) -> Tensor:
+    """The mean over images of their l2 norms."""
+    return _norms(images).mean()
+
+
+def _norms(images: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norms
+
+
+def competition(teacher: Tensor, student: Tensor) -> Tensor:
+    """1 - JS of two networks' answers, from logits (N, classes): small where they disagree (Eq. 8).
+
+    JS is the Jensen-Shannon divergence in nats, between 0 and ln 2; the mean over images.
+    """
+    own, other = F.log_softmax(teacher.float(), dim=1), F.log_softmax(student.float(), dim=1)
+    middle = torch.logaddexp(own, other) - math.log(2)
+    halves = [F.kl_div(middle, one, reduction="batchmean", log_target=True) for one in (own, other)]
+    return 1 - (halves[0] + halves[1]) / 2
+
+
+def normalisations(network: nn.Module) -> list[_BatchNorm]:
+    """The batch-norms that keep statistics of what the network was trained on.
+
+    Raises:
+        UsageError: there is none, so that nothing says what the network's images look like.
+    """
+    found = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    ]
+    if not found:
+        raise UsageError(
+            'source = "synthesize": images cannot be made from this network: it has no batch-norm that keeps '
+            "running statistics, from which they would be made; give a folder of images, of other things too"
+        )
+    return found
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[list[Tensor]]:
+    """The :func:`statistics_distance` of each batch-norm, appended to the list as the network runs."""
+    distances: list[Tensor] = []
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        assert layer.running_mean is not None and layer.running_var is not None
+        distances.append(statistics_distance(inputs[0], layer.running_mean, layer.running_var))
+
+    hooks = [layer.register_forward_pre_hook(measure) for layer in normalisations(network)]
+    try:
+        yield distances
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def objective(
+    network: nn.Module, images: Tensor, labels: Tensor, settings: Synthesis, student: nn.Module | None = None
+) -> Tensor:
+    """What images (N, C, H, W), normalised, are trained to make small (Eqs 2, 3 and 8)."""
+    with watched(network) as distances:
+        logits = network(images)
+    loss = F.cross_entropy(logits.float(), labels) + settings.statistics * torch.stack(distances).sum()
+    loss = loss + settings.tv * total_variation(images) + settings.l2 * l2(images)
+    if student is None or not settings.competition:
+        return loss
+    return loss + settings.competition * competition(logits, student(images))
+
+
+# ---------------------------------------------------------------- images
+
+
+def even_labels(count: int, classes: int, seed: int) -> NDArray[np.int64]:
+    """Labels (N,) of which each class has equally many, within one; which class comes first is drawn."""
+    order = np.random.default_rng(seed).permutation(classes)
+    return order[np.arange(count) % classes].astype(np.int64)
+
+
+def split(count: int, batch: int) -> tuple[slice, ...]:
+    """Where each batch is: as few as there can be of at most ``batch``, their sizes within one.
+
+    A small last batch would have statistics worth little.
+    """
+    parts = -(-count // batch)
+    edges = [count * part // parts for part in range(parts + 1)]
+    return tuple(slice(a, b) for a, b in pairwise(edges))
+
+
+def synthesize(
+    network: nn.Module,
+    wanted: Wanted,
+    settings: Synthesis,
+    *,
+    first: int = 0,
+    device: str = "cpu",
+    student: nn.Module | None = None,
+    told: Told = lambda done, loss: None,
+) -> Iterator[NDArray[np.uint8]]:
+    """Batch after batch of pixels (N, H, W, C), beginning with batch ``first`` of :func:`split`.
+
+    Every batch hangs on the seed and its number alone: one that begins later is the same. ``told`` hears the
+    steps done since the very first batch and the loss. The networks stay as they are.
+
+    Raises:
+        UsageError: the network has no batch-norm.
+        RunError: the loss is no longer finite.
+    """
+    normalisations(network)
+    network = _frozen(network, device)
+    rival = None if student is None or not settings.competition else _frozen(student, device)
+    parts = split(len(wanted.labels), settings.batch)
+    for number in range(first, len(parts)):
+        before = number * settings.steps
+        labels = torch.from_numpy(wanted.labels[parts[number]]).to(device)
+        entropy = int(np.random.SeedSequence((wanted.seed, number)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(entropy >> 1)
+
+        def tell(done: int, loss: float, before: int = before) -> None:
+            told(before + done, loss)
+
+        images = _batch(network, rival, labels, wanted, settings, generator, tell)
+        yield to_pixels(images, wanted.mean, wanted.std)
+
+
+def _frozen(network: nn.Module, device: str) -> nn.Module:
+    return copy.deepcopy(network).to(device).eval().requires_grad_(False)
+
+
+def _batch(
+    network: nn.Module,
+    student: nn.Module | None,
+    labels: Tensor,
+    wanted: Wanted,
+    settings: Synthesis,
+    generator: torch.Generator,
+    told: Told,
+) -> Tensor:
+    """Normalised images (N, C, H, W) of one batch."""
+    channels, height, width = wanted.shape
+    sizes, steps = [(height, width)], [settings.steps]
+    if wanted.halved and min(height, width) >= HALVED_FROM and settings.steps > 1:
+        early = round(settings.steps * HALF_SHARE)
+        sizes, steps = [(height // 2, width // 2), *sizes], [early, settings.steps - early]
+    images = torch.randn(len(labels), channels, *sizes[0], generator=generator).to(labels.device)
+    low, high = _limits(wanted, labels.device)
+    done = 0
+    for size, count in zip(sizes, steps, strict=True):
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        images = images.detach().clamp(low, high).requires_grad_()
+        adam = torch.optim.Adam([images], lr=settings.lr, betas=(0.5, 0.9))
+        for step in range(count):
+            adam.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * step / count)) / 2
+            loss = objective(network, _jittered(images, generator), labels, settings, student)
+            # Of the images alone: the weights are somebody else's.
+            (images.grad,) = torch.autograd.grad(loss, images)
+            adam.step()
+            with torch.no_grad():
+                images.clamp_(low, high)
+            done += 1
+            if done % TOLD_EVERY == 0 or done == settings.steps:
+                told(done, _finite(loss))
+    return images.detach()
+
+
+def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch rolled by one random way, each image mirrored or not, so that no place is special."""
+    moves = [round(side * JITTER_SHARE) for side in images.shape[2:]]
+    ways = [int(torch.randint(-move, move + 1, (1,), generator=generator)) for move in moves]
+    return flip(torch.roll(images, ways, dims=(2, 3)), generator)
+
+
+def _finite(loss: Tensor) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        # Pixels are clamped after each step, so no rate alone comes to this.
+        raise RunError(
+            f"[data.synthesize]: the loss of the images is {value}: the network's answers are not finite, or "
+            "tv, l2 or statistics is far too large"
+        )
+    return value
+
+
+def _limits(wanted: Wanted, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What black and white are after normalising, (C, 1, 1) each."""
+    mean = torch.tensor(wanted.mean, device=device).view(-1, 1, 1)
+    std = torch.tensor(wanted.std, device=device).view(-1, 1, 1)
+    return -mean / std, (1 - mean) / std
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Pixels (N, H, W, C) of normalised images (N, C, H, W): the nearest there are, clamped to 0..255."""
+    own = images.detach().float().cpu()
+    scaled = own * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    pixels = (scaled * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
