@@ -24,6 +24,7 @@ from optpipe.graph.masks import (
 )
 from optpipe.graph.probes import UnitScore, unit_discrimination
 from optpipe.graph.refit import refit_errors
+from optpipe.graph.removal import Effect, removal_effects
 from optpipe.graph.rescale import rescale
 from optpipe.graph.resolution import fixed_size, image_shape, sizes_taken
 from optpipe.graph.scales import channel_scales, keep_largest, scale_sources
@@ -37,6 +38,7 @@ from optpipe.types import ModelGraph
 
 __all__ = [
     "Costs",
+    "Effect",
     "Gated",
     "Granularity",
     "Masks",
@@ -55,6 +57,7 @@ __all__ = [
     "keep_largest",
     "observe",
     "refit_errors",
+    "removal_effects",
     "rescale",
     "scale_sources",
     "sizes_taken",
