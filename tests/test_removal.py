@@ -103,6 +103,17 @@ def test_the_response_is_the_largest_magnitude_that_a_block_adds() -> None:
     assert effects("response", Plan(drop_blocks=("small",)), ("large",)) == pytest.approx((4.0,))
 
 
+def test_a_network_that_overflows_without_a_block_counts_it_as_the_least_dispensable() -> None:
+    network = Line()
+    with torch.no_grad():
+        # Without none, which takes its whole stream away, 1e30 times the image is squared.
+        network.none.conv.weight.fill_(-1.0)
+        network.small.conv.weight.fill_(1e30)
+    small, none, large = graph.removal_effects(network, WHOLE, NAMES, Pair(), (1, 2, 2), "features")
+    assert (small, large) == (0.0, 0.0)
+    assert none == torch.finfo(torch.float32).max
+
+
 class InPlace(nn.Module):
     """A block that adds to its stream in place, and whose activation follows the add."""
 

@@ -25,6 +25,8 @@ Effect = Literal["features", "answers", "response"]
 # All tensors of a batch are kept for as long as it is worked on.
 BATCH_BYTES = 2**28
 MAX_BATCH = 128
+# Stands for what is not finite: a network that overflows without a block can do the least without it.
+LARGEST = torch.finfo(torch.float32).max
 
 _Values = dict[fx.Node, torch.Tensor]
 
@@ -55,10 +57,10 @@ def removal_effects(
             if effect == "response":
                 values = _Recorder(base).record(batch)
                 largest = [float(values[_branch(base, block)].abs().amax()) for block in blocks]
-                totals = torch.maximum(totals, torch.tensor(largest, dtype=torch.float64))
+                totals = torch.maximum(totals, totals.new_tensor(largest))
             else:
-                totals += torch.tensor(_differences(original, base, blocks, batch, effect)) / len(images)
-    return tuple(totals.tolist())
+                totals += totals.new_tensor(_differences(original, base, blocks, batch, effect)) / len(images)
+    return tuple(totals.nan_to_num(nan=LARGEST, posinf=LARGEST).tolist())
 
 
 def _differences(

@@ -130,7 +130,7 @@ def of_ends(kind: Kind, joint: End, greedy: End) -> Table:
     rows.append(("gained by joint", None, gained, faster, more, None, None))
     predicted = f"{kind.name} of the set" if kind.of_set else f"{kind.name} (of blocks, not of sets)"
     columns = ("selection", "blocks", predicted, "latency (ms)", "measured saving", "low", "high")
-    value = f"{kind.name} before recovery and " if kind.of_set else ""
+    value = f"predicted {kind.name} and " if kind.of_set else ""
     return Table(f"Sets that joint and greedy end with: {value}measured latency", columns, tuple(rows))
 
 
