@@ -157,7 +157,8 @@ def objective(
 
 def even_labels(count: int, classes: int, seed: int) -> NDArray[np.int64]:
     """Labels (N,) of which each class has equally many, within one; which class comes first is drawn."""
-    order = np.random.default_rng(seed).permutation(classes)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(classes)
     return order[np.arange(count) % classes].astype(np.int64)
 
 
@@ -197,7 +198,8 @@ def synthesize(
     for number in range(first, len(parts)):
         before = number * settings.steps
         labels = torch.from_numpy(wanted.labels[parts[number]]).to(device)
-        entropy = int(np.random.SeedSequence((wanted.seed, number)).generate_state(1, np.uint64)[0])
+        sequence = np.random.SeedSequence((wanted.seed, number))
+        entropy = int(sequence.generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(entropy >> 1)
 
         def tell(done: int, loss: float, before: int = before) -> None:

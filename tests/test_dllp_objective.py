@@ -79,6 +79,7 @@ def settings(**changes: object) -> Settings:
         "aim": 1.0,
         "gate_rate": RATE,
         "scale_rate": RATE,
+        "sharpen": 1.0,
     }
     return Settings(**(given | changes))  # type: ignore[arg-type]
 

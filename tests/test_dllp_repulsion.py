@@ -100,6 +100,7 @@ def ended(seed: int, beta: float, kernel: Kernel) -> Ended:
         aim=1.0,
         gate_rate=2 * 20 / STEPS * 0.1 / 0.05,  # gates could come 20 far, as in a search
         scale_rate=2 * 3 / STEPS * 0.1 / 0.05,
+        sharpen=1.0,
     )
     assert images.labels is not None
     tune.fit(of, Stein(of, masks, images.labels, settings), images, tuning(STEPS), seed=seed)

@@ -54,6 +54,7 @@ def _check_settings(config: Config) -> None:
         ),
         ("keep", 0 < config.keep < 1, share),
         ("travel", 0 < config.travel < math.inf, positive),
+        ("sharpen", 1 <= config.sharpen < math.inf, "must be at least 1"),
         ("jitter", 0 <= config.jitter < math.inf, "must not be below 0"),
         ("builds", config.builds >= 1, least),
         ("histograms", config.histograms >= 0, "must be a number of layers, or 0 for all"),

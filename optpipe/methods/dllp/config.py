@@ -24,9 +24,12 @@ class Config:
 
     ``particles`` networks follow Stein's direction, whose weight against the task is ``beta``; ``kernel``
     says over what its kernels span and how wide they are. ``spike`` is epsilon of Eq. 10, an inverse
-    standard deviation. ``temperature`` of the masks falls from the first value to the second. ``keep`` is
-    the probability theta at the start, ``travel`` how far its logit would come in a training in which all
-    gradients agree. ``jitter`` is how far the particles begin apart, over each tensor's root mean square.
+    standard deviation. ``temperature`` of the masks falls from the first value to the second. ``jitter`` is
+    how far the particles begin apart, over each tensor's root mean square.
+
+    ``keep`` is the probability theta at the start, ``travel`` how far its logit would come in a training in
+    which all gradients agree. ``sharpen`` is the factor that log-odds have by the end of the gates' training,
+    where masks are then nearly certain.
 
     ``cost``: what presses units out of a network with a latency budget: "measured" is the latency of each
     channel count, "macs" their MACs. ``builds``: how many networks of the nested family are built at most
@@ -50,6 +53,7 @@ class Config:
     temperature: tuple[float, float] = (1.0, 0.1)
     keep: float = 0.95
     travel: float = 40.0
+    sharpen: float = 8.0
     jitter: float = 0.01
     cost: Literal["measured", "macs"] = "measured"
     builds: int = 12

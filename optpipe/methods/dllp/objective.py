@@ -17,9 +17,11 @@ gates, lambda and d follow their own scores. Those are few, and their gradients 
 so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015), lambda and d
 by far less than gates. The cost that
 is allowed to be expected (see :mod:`~optpipe.methods.dllp.pressure`) falls evenly from the whole network's
-to the budget's over the first :data:`FALL` of the steps. With one particle there is no kernel, and phi_i is
-its score. With beta = 0 neither is computed, and lambda and d rest. With fixed masks, the limit of
-temperature zero, gates rest.
+to the budget's over the first :data:`FALL` of the steps.
+The log-odds are sharpened by and by, so that the last masks are nearly certain: the masks' temperature makes
+them of zeros and ones, and does not settle which. With one particle there is no kernel, and phi_i is its
+score. With beta = 0 neither is computed, and lambda and d rest. With fixed masks, the limit of temperature
+zero, gates rest.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Settings:
     aim: float
     gate_rate: float
     scale_rate: float
+    sharpen: float
 
 
 @dataclass(slots=True)
@@ -178,6 +181,9 @@ class Stein:
         """Move mu to where the expected cost is what the schedule allows."""
         if self.pressure is None or self.fixed is not None:
             return
+        share = self.step / max(1, self.settings.steps - 1)
+        sharp = self.settings.sharpen**share
+        self.of.sharpness.fill_(sharp)
         pressure, sizes = self.pressure, [shape.numel() for shape in self.masks.shapes]
         odds = torch.cat([gate.detach().flatten().double() for gate in self.of.gates_of(index)])
         sets = torch.repeat_interleave(torch.tensor(sizes, device=odds.device))
@@ -185,7 +191,7 @@ class Stein:
         empty = torch.zeros(len(sizes), dtype=torch.float64, device=odds.device)
 
         def cost(mu: float) -> float:
-            counts = empty.index_add(0, sets, torch.sigmoid(odds - mu * lowered))
+            counts = empty.index_add(0, sets, torch.sigmoid(sharp * (odds - mu * lowered)))
             return pressure.cost(counts.cpu())
 
         self.of.mu[index] = multiplier(cost, self._allowed())

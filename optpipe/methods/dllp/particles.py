@@ -22,11 +22,12 @@ class Particles(nn.Module):
     """M = {Theta, d, lambda, {theta}} for each particle, all of them parameters.
 
     ``networks[i]`` hold Theta; ``gates[i][k]`` are the evidence phi of the units of set k, whose theta is
-    sigmoid(phi - mu[i] c[k]) (see :mod:`~optpipe.methods.dllp.pressure`); ``log_scale[i]`` (sets,) are log
-    lambda of each set; ``log_precision[i]`` is log d.
+    sigmoid(s (phi - mu[i] c[k])) (see :mod:`~optpipe.methods.dllp.pressure`), s being the ``sharpness``;
+    ``log_scale[i]`` (sets,) are log lambda of each set; ``log_precision[i]`` is log d.
     """
 
     mu: Tensor
+    sharpness: Tensor
     unit_costs: Tensor
 
     def __init__(
@@ -37,6 +38,7 @@ class Particles(nn.Module):
         unit_costs: Sequence[float],
     ) -> None:
         super().__init__()
+        self.register_buffer("sharpness", torch.ones(()))
         self.register_buffer("mu", torch.zeros(len(networks), dtype=torch.float64))
         self.register_buffer("unit_costs", torch.tensor(unit_costs, dtype=torch.float32))
         self.networks = nn.ModuleList(networks)
@@ -58,9 +60,9 @@ class Particles(nn.Module):
         return list(cast("nn.ParameterList", self.gates[index]))
 
     def logits_of(self, index: int) -> list[Tensor]:
-        """phi - mu c: the log-odds of a particle's units, one tensor for each set; differentiable in phi."""
-        lowered = (self.mu[index] * self.unit_costs).tolist()
-        return [gate - less for gate, less in zip(self.gates_of(index), lowered, strict=True)]
+        """s (phi - mu c): the log-odds of a particle's units, one tensor a set; differentiable in phi."""
+        lowered, sharp = (self.mu[index] * self.unit_costs).tolist(), float(self.sharpness)
+        return [sharp * (gate - less) for gate, less in zip(self.gates_of(index), lowered, strict=True)]
 
     def hyper(self, index: int) -> dict[str, Tensor]:
         """The parameters of a particle beside its weights, by name."""

@@ -21,7 +21,7 @@ from optpipe.methods.dllp.particles import PART, Particles
 from optpipe.methods.dllp.pressure import Pressure, unit_costs
 from optpipe.types import Fit, Fitted, Member, Objective, Plan, Scene, Start, Tune
 
-VERSION = 2
+VERSION = 3
 """Of the trainings: raise it where the same settings would come to other weights."""
 
 Masking = Sequence[Sequence[Tensor]]
@@ -124,6 +124,7 @@ class Frame:
             aim=aim,
             gate_rate=config.travel * unit,
             scale_rate=SCALE_TRAVEL * unit,
+            sharpen=config.sharpen,
         )
 
         def make() -> tuple[nn.Module, Objective]:
