@@ -78,8 +78,8 @@ def test_both_train_for_the_same_steps_at_the_same_budget(tmp_path: Path, table:
         posterior = job.variant.name == "dllp"
         assert config.score == ("posterior" if posterior else "magnitude")
         assert recipe.export.uncertainty == posterior and recipe.export.precisions == ()
-        assert (config.start, config.epochs, config.batch) == ("pretrained", 3.0, 128)
-        assert dllp_left.steps_of(config, 4660) == 110  # ceil(3 * 4660 / 128)
+        assert (config.start, config.epochs, config.batch) == ("pretrained", 3.0, 64)
+        assert dllp_left.steps_of(config, 4660) == 219  # ceil(3 * 4660 / 64)
         assert recipe.recover == {}
 
 
@@ -103,7 +103,7 @@ def test_further_rows_are_made_where_they_are_named(tmp_path: Path) -> None:
         "magnitude-double",
     )
     bare, unsettled, double = (loaded(job)[1] for job in jobs(tmp_path, *words))
-    assert (bare.score, bare.beta, bare.settle) == ("posterior", 0.0, Config().settle)
+    assert (bare.score, bare.beta, bare.settle) == ("posterior", 0.0, 0.6)  # as the recipe settles
     assert (unsettled.beta, unsettled.settle, unsettled.epochs) == (Config().beta, 0.0, 3.0)
     assert (double.score, double.epochs) == ("magnitude", 6.0)
 

@@ -372,6 +372,26 @@ def test_the_expected_cost_follows_the_schedule_of_the_budget() -> None:
     assert found[-1][0] != found[-1][1] and min(found[-1]) > 0
 
 
+def test_log_odds_sharpen_and_the_expected_cost_stays_what_is_allowed() -> None:
+    masks = masks_of()
+    total = sum(shape.numel() for shape in masks.shapes)
+    running = Stein(made(1, masks), masks, LABELS, settings(aim=0.4, steps=20, sharpen=8.0), Kept(total))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for gate in running.of.gates_of(0):
+            gate.add_(torch.randn(gate.shape, generator=generator))
+    first, last = [], []
+    for number in range(20):
+        step(running, BATCH)
+        if number in {15, 19}:
+            found = torch.cat([one.detach().flatten() for one in running.of.probabilities(0, "filter")])
+            (first if number == 15 else last).append(found)
+    assert float(running.of.sharpness) == pytest.approx(8.0)
+    assert float(last[0].mean()) == pytest.approx(0.4, abs=1e-4)
+    # At one cost, nearer to certain: less is between.
+    assert float((last[0] * (1 - last[0])).sum()) < float((first[0] * (1 - first[0])).sum())
+
+
 def test_units_that_cost_more_are_pressed_harder() -> None:
     masks = masks_of()
     of = begin(network(), masks, 1, start="pretrained", keep=0.9, jitter=0.0, seed=0, unit_costs=[2.0, 0.0])
