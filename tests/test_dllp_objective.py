@@ -380,16 +380,15 @@ def test_log_odds_sharpen_and_the_expected_cost_stays_what_is_allowed() -> None:
     with torch.no_grad():
         for gate in running.of.gates_of(0):
             gate.add_(torch.randn(gate.shape, generator=generator))
-    first, last = [], []
+    found = {}
     for number in range(20):
         step(running, BATCH)
-        if number in {15, 19}:
-            found = torch.cat([one.detach().flatten() for one in running.of.probabilities(0, "filter")])
-            (first if number == 15 else last).append(found)
+        found[number] = torch.cat(running.of.probabilities(0, "filter"))
+    before, after = found[15], found[19]
     assert float(running.of.sharpness) == pytest.approx(8.0)
-    assert float(last[0].mean()) == pytest.approx(0.4, abs=1e-4)
+    assert float(after.mean()) == pytest.approx(0.4, abs=1e-4)
     # At one cost, nearer to certain: less is between.
-    assert float((last[0] * (1 - last[0])).sum()) < float((first[0] * (1 - first[0])).sum())
+    assert float((after * (1 - after)).sum()) < float((before * (1 - before)).sum())
 
 
 def test_units_that_cost_more_are_pressed_harder() -> None:
