@@ -391,6 +391,18 @@ def test_log_odds_sharpen_and_the_expected_cost_stays_what_is_allowed() -> None:
     assert float((after * (1 - after)).sum()) < float((before * (1 - before)).sum())
 
 
+def test_units_keep_their_order_where_sharpened_theta_is_zero_to_the_last_bit() -> None:
+    masks = masks_of()
+    of = made(1, masks)
+    with torch.no_grad():
+        for gate in of.gates_of(0):
+            gate.copy_(-30 - torch.arange(gate.numel(), dtype=torch.float32))
+    of.sharpness.fill_(8.0)
+    assert not any(values.any() for values in of.probabilities(0, "filter"))
+    for values, shape in zip(of.ranks(0, "filter"), masks.shapes, strict=True):
+        assert values.argsort(descending=True).tolist() == list(range(shape.numel()))
+
+
 def test_units_that_cost_more_are_pressed_harder() -> None:
     masks = masks_of()
     of = begin(network(), masks, 1, start="pretrained", keep=0.9, jitter=0.0, seed=0, unit_costs=[2.0, 0.0])

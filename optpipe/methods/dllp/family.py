@@ -42,7 +42,7 @@ class Tried:
 
 
 def family(
-    masks: graph.Masks, probabilities: Sequence[Tensor], pressure: Pressure, ladders: Sequence[Ladder] = ()
+    masks: graph.Masks, ranks: Sequence[Tensor], pressure: Pressure, ladders: Sequence[Ladder] = ()
 ) -> list[Nested]:
     """The networks of falling size; the whole one is not among them.
 
@@ -50,12 +50,12 @@ def family(
     equally near the larger; or any number that is well below the lowest of them, where one layer alone
     showed no more time to save, so that the family does not end there.
     """
-    values = torch.cat([one.flatten() for one in probabilities]).sort().values
+    values = torch.cat([one.flatten() for one in ranks]).sort().values
     cut = torch.linspace(0, len(values) - 1, min(MOST, len(values))).round().long()
     whole = tuple(shape.numel() for shape in masks.shapes)
     found: list[Nested] = []
     for threshold in dict.fromkeys(values[cut].tolist()):
-        kept = masks.above(probabilities, threshold)
+        kept = masks.above(ranks, threshold)
         counts = tuple(int(mask.sum()) for mask in kept)
         for ladder in ladders:
             counts = _on_rungs(ladder, counts, masks)
@@ -67,7 +67,7 @@ def family(
 
 def largest(
     masks: graph.Masks,
-    probabilities: Sequence[Tensor],
+    ranks: Sequence[Tensor],
     members: Sequence[Nested],
     meter: Meter,
     builds: int,
@@ -86,7 +86,7 @@ def largest(
 
     def attempt(index: int) -> Generator[Sequence[Request], Sequence[Answer], bool]:
         nested = members[index]
-        plan = masks.plan(masks.highest(probabilities, nested.counts))
+        plan = masks.plan(masks.highest(ranks, nested.counts))
         (answer,) = yield [meter.ask(plan)]
         reading = meter.read(cast(Trial, answer))
         tried[index] = Tried(nested, plan, reading, meter.meets(reading))

@@ -31,15 +31,17 @@ def narrowed(frame: Frame) -> Search:
         )
     pressing = yield from _pressure(frame, meter)
     found: Fitted | None = None
-    chances = [masks.magnitudes(frame.model)]
+    ranks = [masks.magnitudes(frame.model)]
+    shown = ranks[0]
     if config.score == "posterior":
         (answer,) = yield [frame.gates(meter.allowed, pressing.pressure, pressing.depends)]
         found = cast(Fitted, answer)
         learnt = particles_of(found)
-        chances = [learnt.probabilities(index, "filter") for index in range(frame.count)]
-    members = family(masks, chances[0], pressing.pressure, pressing.ladders)
-    taken, tried = yield from largest(masks, chances[0], members, meter, config.builds)
-    fixed = [masks.highest(chance, taken.nested.counts) for chance in chances]
+        ranks = [learnt.ranks(index, "filter") for index in range(frame.count)]
+        shown = learnt.probabilities(0, "filter")
+    members = family(masks, ranks[0], pressing.pressure, pressing.ladders)
+    taken, tried = yield from largest(masks, ranks[0], members, meter, config.builds)
+    fixed = [masks.highest(rank, taken.nested.counts) for rank in ranks]
     plans = [masks.plan(one) for one in fixed]
     last = found
     if frame.settle or last is None:
@@ -53,12 +55,12 @@ def narrowed(frame: Frame) -> Search:
         _reason(taken, meter, frame),
         (
             *pressing.tables,
-            tables.tried(tried, taken, meter),
+            tables.tried(tried, taken, meter, config.score),
             looked,
-            tables.units(masks, chances[0], fixed[0], config.score),
+            tables.units(masks, shown, fixed[0], config.score),
         ),
         start=Start(last.key, Plan(), PART.format(0)),
-        figures=figures.all_of(frame, chances[0], fixed[0], settled),
+        figures=figures.all_of(frame, shown, fixed[0], settled),
         members=frame.members(last, plans),
     )
 
@@ -97,9 +99,11 @@ def _pressure(frame: Frame, meter: Meter) -> Generator[Sequence[Request], Sequen
 def _reason(taken: Tried, meter: Meter, frame: Frame) -> str:
     kept, whole = sum(taken.nested.counts), sum(shape.numel() for shape in frame.masks.shapes)
     reading = taken.reading
-    by = "theta" if frame.config.score == "posterior" else "magnitude"
+    threshold = f"{taken.nested.threshold:.3g}"
+    posterior = frame.config.score == "posterior"
+    by = f"theta (log-odds {threshold})" if posterior else f"magnitude of {threshold}"
     return (
-        f"{kept} of {whole} channels are above a threshold on {by} of {taken.nested.threshold:.3g}: "
+        f"{kept} of {whole} channels are above a threshold on {by}: "
         f"{reading.ratio:.1%} of the {meter.what} ({reading.low:.1%} to {reading.high:.1%}), "
         f"{meter.allowed:.1%} allowed"
     )

@@ -73,6 +73,15 @@ class Particles(nn.Module):
             "log_precision": self.log_precision[index],
         }
 
+    def ranks(self, index: int, granularity: graph.Granularity) -> list[Tensor]:
+        """What a particle's units are ordered by, in each set's shape: log-odds, double, on the CPU.
+
+        Of sharpened units theta is 0 or 1 to the last bit, and would order them no more. Of 2:4 it is theta.
+        """
+        if granularity == "2:4":
+            return self.probabilities(index, granularity)
+        return [logit.detach().cpu().double() for logit in self.logits_of(index)]
+
     def probabilities(self, index: int, granularity: graph.Granularity) -> list[Tensor]:
         """theta of a particle's units, in each set's shape, detached, on the CPU."""
         return [theta(logit.detach().cpu(), granularity) for logit in self.logits_of(index)]

@@ -12,7 +12,7 @@ from optpipe.methods.dllp.family import Tried
 from optpipe.types import Cell, Table
 
 
-def tried(found: Sequence[Tried], taken: Tried, meter: Meter) -> Table:
+def tried(found: Sequence[Tried], taken: Tried, meter: Meter, score: str) -> Table:
     """The networks of the family that were built, largest first."""
     rows: list[tuple[Cell, ...]] = []
     for one in found:
@@ -28,7 +28,16 @@ def tried(found: Sequence[Tried], taken: Tried, meter: Meter) -> Table:
                 "taken: the largest that does" if one is taken else verdict,
             )
         )
-    columns = ("threshold", "channels", "predicted cost", f"{meter.what} left", "low", "high", "verdict")
+    what = "log-odds" if score == "posterior" else "magnitude"
+    columns = (
+        f"threshold on {what}",
+        "channels",
+        "predicted cost",
+        f"{meter.what} left",
+        "low",
+        "high",
+        "verdict",
+    )
     return Table("Networks of the family that were tried", columns, tuple(rows))
 
 

@@ -22,7 +22,8 @@ def thinned(frame: Frame) -> Search:
     config, masks = frame.config, frame.masks
     left = _left(frame)
     found: Fitted | None = None
-    chances = [masks.magnitudes(frame.model)]
+    ranks = [masks.magnitudes(frame.model)]
+    shown = ranks[0]
     if config.score == "posterior":
         pressure = (
             Kept(sum(shape.numel() for shape in masks.shapes)) if config.granularity == "weight" else None
@@ -30,8 +31,9 @@ def thinned(frame: Frame) -> Search:
         (answer,) = yield [frame.gates(left, pressure, "kept")]
         found = cast(Fitted, answer)
         learnt = particles_of(found)
-        chances = [learnt.probabilities(index, config.granularity) for index in range(frame.count)]
-    fixed = [_sparse(masks, chance, left) for chance in chances]
+        ranks = [learnt.ranks(index, config.granularity) for index in range(frame.count)]
+        shown = learnt.probabilities(0, config.granularity)
+    fixed = [_sparse(masks, rank, left) for rank in ranks]
     last = found
     if frame.settle or last is None:
         (answer,) = yield [frame.settling(found, fixed)]
@@ -46,9 +48,9 @@ def thinned(frame: Frame) -> Search:
         frame.scene.recover,
         f"{zeros:.1%} of the weights are zero ({config.granularity}); only an engine with a sparse path is "
         "faster for it",
-        (looked, tables.units(masks, chances[0], fixed[0], config.score)),
+        (looked, tables.units(masks, shown, fixed[0], config.score)),
         start=Start(zeroed.key, Plan(), PART.format(0)),
-        figures=figures.all_of(frame, chances[0], fixed[0], particles_of(last).network(0)),
+        figures=figures.all_of(frame, shown, fixed[0], particles_of(last).network(0)),
         members=frame.members(zeroed, [Plan()] * len(fixed)),
     )
 
@@ -74,16 +76,16 @@ def _left(frame: Frame) -> float:
     return 0.5 if two_of_four else 1.0 - wanted * total / units
 
 
-def _sparse(masks: graph.Masks, chances: Sequence[Tensor], left: float) -> list[Tensor]:
+def _sparse(masks: graph.Masks, ranks: Sequence[Tensor], left: float) -> list[Tensor]:
     """Which units stay: the share ``left`` of all, or two of each four."""
     if masks.granularity == "2:4":
-        return [_two_of_four(values) for values in chances]
-    every = torch.cat([values.flatten() for values in chances])
+        return [_two_of_four(values) for values in ranks]
+    every = torch.cat([values.flatten() for values in ranks])
     count = int(left * len(every) + 1e-6)
     kept = torch.zeros(len(every), dtype=torch.bool)
     kept[every.argsort(descending=True, stable=True)[:count]] = True
-    parts = torch.split(kept, [values.numel() for values in chances])
-    return [part.view(values.shape) for part, values in zip(parts, chances, strict=True)]
+    parts = torch.split(kept, [values.numel() for values in ranks])
+    return [part.view(values.shape) for part, values in zip(parts, ranks, strict=True)]
 
 
 def _two_of_four(values: Tensor) -> Tensor:
