@@ -254,18 +254,20 @@ def test_all_blocks_are_scored_once_in_one_step() -> None:
     )
 
 
-def test_rescoring_asks_again_after_each_drop_and_counts_what_each_block_adds() -> None:
+def test_joint_selection_asks_again_after_each_drop_and_counts_what_each_block_adds() -> None:
     def errors(dropped: tuple[str, ...], name: str) -> float:
         # Beside b, a adds 0.6 and c only 0.1: (0.7 - 0.1) / 0.2 = 3 for a, (0.2 - 0.1) / 0.1 = 1 for c.
         beside_b = {"a": 0.7, "c": 0.2, "d": 0.5, "e": 0.1, "f": 0.1}
         return beside_b[name] if dropped else ERROR[name]
 
     lab = FakeLab(errors)
-    choice = search(lab, Budget(drop_blocks=2), practise.Config(rescore=True))
+    choice = search(lab, Budget(drop_blocks=2), practise.Config(select="joint"))
     assert drops(choice) == "bc"
     scored = [cast("functools.partial[tuple[float, ...]]", step.function).args[1:3] for step in lab.steps]
-    assert scored == [(Plan(), list(TAU)), (Plan(drop_blocks=("b",)), ["a", "c", "d", "e", "f"])]
-    assert len({(step.name, step.depends) for step in lab.steps}) == 2
+    after_b = Plan(drop_blocks=("b",))
+    # The last is greedy's set, "ba", to be compared.
+    assert scored == [(Plan(), list(TAU)), (after_b, ["a", "c", "d", "e", "f"]), (after_b, ["a"])]
+    assert len({(step.name, step.depends) for step in lab.steps}) == 3
     assert rows(choice.tables[1])["c"]["score when chosen"] == pytest.approx(1.0)
     assert rows(choice.tables[1])["c"]["R of the set"] == pytest.approx(0.2)
 

@@ -15,13 +15,13 @@ along that length alone, and with lambda following the shorter weights there is 
 prior moves gates and lambda, and not the weights. The kernel is of the weights alone, as Eq. 14 has it;
 gates, lambda and d follow their own scores. Those are few, and their gradients differ by orders of magnitude,
 so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015), lambda and d
-by far less than gates. The cost that
-is allowed to be expected (see :mod:`~optpipe.methods.dllp.pressure`) falls evenly from the whole network's
-to the budget's over the first :data:`FALL` of the steps.
-The log-odds are sharpened by and by, so that the last masks are nearly certain: the masks' temperature makes
-them of zeros and ones, and does not settle which. With one particle there is no kernel, and phi_i is its
-score. With beta = 0 neither is computed, and lambda and d rest. With fixed masks, the limit of temperature
-zero, gates rest.
+by far less than gates. The cost that is allowed to be expected (see
+:mod:`~optpipe.methods.dllp.pressure`) falls evenly from the whole network's to the budget's over the first
+:data:`FALL` of the steps. The log-odds are sharpened by and by, so that the last masks are nearly certain:
+the masks' temperature makes them of zeros and ones, and does not settle which.
+
+With one particle there is no kernel, and phi_i is its score. With beta = 0 neither is computed, and lambda and
+d rest. With fixed masks, the limit of temperature zero, gates rest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ DECAY = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an objective needs of the recipe. ``aim`` is the cost that the budget allows, a fraction."""
+    """What an objective needs of the recipe. ``aim`` is the cost that the budget allows, a fraction.
+
+    ``gate_rate`` and ``scale_rate`` are the steps of gates, and of log lambda and log d, over the learning
+    rate; ``sharpen`` is the factor that log-odds have at the last step.
+    """
 
     steps: int
     seed: int

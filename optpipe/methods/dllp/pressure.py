@@ -6,8 +6,8 @@ original's. To first order that lowers the log-odds of a unit by mu times what i
 
     theta_g = sigmoid(phi_g - mu c_g),    c_g the unit's cost, of mean 1 over all units,
 
-with phi_g the evidence for the unit that training gathers. mu is not tuned: it is what brings the expected
-cost C(theta) to what is allowed, solved for at every step.
+with phi_g the evidence for the unit that training gathers; sharpened, the log-odds are s times that. mu is
+not tuned: it is what brings the expected cost C(theta) to what is allowed, solved for at every step.
 """
 
 from __future__ import annotations

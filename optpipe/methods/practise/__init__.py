@@ -8,7 +8,7 @@ with, and two that look at nothing, are in :mod:`~optpipe.methods.practise.score
 
 Deliberate deviations. A block whose saving is not clearly above zero is never dropped, whatever the
 criterion: R/tau would put one whose removal made the engine slower first. Latencies do not add up, so every
-prefix is built and timed. ``select = "joint"`` and ``rescore`` score the remaining blocks anew after each
+prefix is built and timed. ``select = "joint"`` scores the remaining blocks anew after each
 drop, by the error that each adds; the default is to score once, as the paper's Algorithm 1 does: in trials on
 CIFAR-10 ResNet-56 with equal recovery, scoring once chose the better nine blocks.
 

@@ -17,18 +17,11 @@ class Config:
     fits one layer in closed form on ``fast_images`` images (``optpipe.graph.refit_errors``).
 
     ``select``: "greedy" scores the blocks once. "joint" scores those that remain anew after each drop, beside
-    what is gone, and builds greedy's set too, so that the report can say what that gained. ``rescore`` with
-    "greedy" selects as "joint" does, and leaves out the comparison.
+    what is gone, and builds greedy's set too, so that the report can say what that gained.
     """
 
     scorer: Literal["fast", "exact"] = "fast"
-    rescore: bool = False
     exact_steps: int = 1000
     fast_images: int = 256
     criterion: Criterion = "recoverability"
     select: Literal["greedy", "joint"] = "greedy"
-
-    @property
-    def anew(self) -> bool:
-        """Whether blocks are scored again after each drop."""
-        return self.rescore or self.select == "joint"

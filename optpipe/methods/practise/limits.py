@@ -32,11 +32,10 @@ def check(
 ) -> None:
     """UsageError where there is nothing to drop, zeros are asked for, or scoring anew changes nothing."""
     refuse_sparsity(budget, "practise")
-    if config.anew and not KINDS[config.criterion].looks:
-        key = 'select = "joint"' if config.select == "joint" else "rescore = true"
+    if config.select == "joint" and not KINDS[config.criterion].looks:
         raise UsageError(
-            f'[method] {key}: criterion = "{config.criterion}" looks at no network, so that nothing changes '
-            'when blocks are scored anew; use select = "greedy" without rescore, or another criterion'
+            f'[method] select = "joint": criterion = "{config.criterion}" looks at no network, so that '
+            'nothing changes when blocks are scored anew; use select = "greedy", or another criterion'
         )
     if not shown.droppable:
         raise UsageError(

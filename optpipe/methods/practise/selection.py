@@ -40,7 +40,7 @@ def search(scene: Scene, config: Config) -> Search:
     yield from check_reachable(scene, eligible, len(blocks))
     field = _Field(scene, config, blocks, savings, eligible)
     first = yield from values(scene, config, (), [block.name for block in blocks])
-    drops = yield from _walk(field, first, anew=config.anew)
+    drops = yield from _walk(field, first, anew=config.select == "joint")
     shown = [
         tables.of_blocks(kind, blocks, savings, first, drops),
         tables.of_prefixes(kind, scene, savings, drops),
