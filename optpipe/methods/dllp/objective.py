@@ -20,8 +20,8 @@ by far less than gates. The cost that is allowed to be expected (see
 :data:`FALL` of the steps. The log-odds are sharpened by and by, so that the last masks are nearly certain:
 the masks' temperature makes them of zeros and ones, and does not settle which.
 
-With one particle there is no kernel, and phi_i is its score. With beta = 0 neither is computed, and lambda and
-d rest. With fixed masks, the limit of temperature zero, gates rest.
+With one particle there is no kernel, and phi_i is its score. With beta = 0 neither is computed, and lambda
+and d rest. With fixed masks, the limit of temperature zero, gates rest.
 """
 
 from __future__ import annotations
