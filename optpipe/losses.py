@@ -20,7 +20,10 @@ def feature_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def mimicking_loss(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], stage_weight: float
 ) -> torch.Tensor:
-    """:func:`feature_mse` of the features, which come first, plus ``stage_weight`` times each stage's."""
+    """:func:`feature_mse` of the features, which come first, plus ``stage_weight`` times each stage's.
+
+    The features alone are MiR's loss, by which PRACTISE recovers (Eq. 34); the stages are ours.
+    """
     loss = feature_mse(student[0], teacher[0])
     for own, other in zip(student[1:], teacher[1:], strict=True):
         loss = loss + stage_weight * feature_mse(own, other)
@@ -48,3 +51,23 @@ def distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float
     own = F.log_softmax(logits.float() / temperature, dim=1)
     divergence = F.kl_div(own, wanted, reduction="sum", log_target=True)
     return temperature**2 * divergence / len(teacher)
+
+
+def cross_distillation(
+    corrected: torch.Tensor, imitated: torch.Tensor, teacher: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The two divergences of networks whose features go through each other's classifier, at a temperature.
+
+    With f the features before the classifier h, S the student, T the teacher, p(z) = softmax(z / t)::
+
+        t² KL(p(h_T(f_T)) || p(h_S(f_T)))  +  t² KL(p(h_T(f_T)) || p(h_T(f_S)))
+              teacher        corrected               teacher        imitated
+
+    each the mean over images. All are logits (N, classes). The first term is what PRACTISE calls cross
+    distillation (Eq. 17 in the manner of its Fig. 7b): the student's classifier learns from features without
+    error. It says nothing of the student's features, and is zero where the classifier is the teacher's. The
+    second is ours, for the features: an error in them costs what it changes in the teacher's answer, so that
+    the loss teaches a backbone whose classifier is fixed. CD (Bai et al., 2020) crosses the networks in both
+    directions too, layer by layer and by squared errors; here they cross once, where the features end.
+    """
+    return distillation(corrected, teacher, temperature) + distillation(imitated, teacher, temperature)

@@ -25,6 +25,7 @@ from optpipe.data import SYNTHESIZE, DataSpec, Preprocess, check_synthesis
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
 from optpipe.precision import Settings, check
+from optpipe.recovery import check_recovery, without_unused
 from optpipe.types import Budget, Precision, Synthesis, Tune
 
 T = TypeVar("T")
@@ -316,72 +317,18 @@ def _check_ranges(recipe: Recipe) -> None:
 def recovery(base: Tune, table: RawTable, path: Path) -> Tune:
     """``base`` with the keys of ``[recover]`` replaced, checked; steps alone take the place of epochs.
 
+    A loss that is given drops what ``base`` set for its own alone.
+
     Raises:
-        UsageError: as :func:`bind`, or the numbers make no training.
+        UsageError: as :func:`bind`, or the settings make no training.
     """
-    steps_alone = "steps" in table and "epochs" not in table
-    recover = merge(dataclasses.replace(base, epochs=None) if steps_alone else base, table, path, "recover")
-    _check_recovery(recover, path)
-    return recover
-
-
-def _check_recovery(recover: Tune, path: Path) -> None:
-    milestones = recover.milestones
-    ascending = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
-    positive, whole = "must be above 0 and finite", "must be at least 1"
-    checks: list[tuple[str, bool, str]] = [
-        ("steps", recover.epochs is not None or recover.steps >= 0, "must not be below 0; 0 is no recovery"),
-        ("epochs", recover.epochs is None or 0 < recover.epochs < math.inf, positive),
-        ("batch", recover.batch > 0, positive),
-        ("lr", 0 < recover.lr < math.inf, positive),
-        ("temperature", 0 < recover.temperature < math.inf, positive),
-        ("views", recover.views >= 1, whole),
-        ("bank", recover.bank >= 1, whole),
-        ("decay", 0 < recover.decay <= 1, "must be above 0 and at most 1"),
-        ("milestones", ascending, "must be shares of the steps between 0 and 1, each above the one before"),
-        (
-            "milestones",
-            recover.schedule != "milestones" or bool(milestones),
-            'schedule = "milestones" lowers the rate at them: give shares of the steps, say [0.5, 0.75]',
-        ),
-        *_contradictions(recover),
-    ]
-    for key, good, message in checks:
-        if not good:
-            shown = json.dumps(getattr(recover, key))
-            raise UsageError(f"{path}: [recover] {key} = {shown}: {message}")
-
-
-def _contradictions(recover: Tune) -> list[tuple[str, bool, str]]:
-    """What a loss cannot use: the key, whether all is well, and why it is not."""
-    if recover.loss == "mimic":
-        return [
-            (
-                "teachers",
-                recover.teachers == "none",
-                "loss = \"mimic\" compares features with the original's alone and hears no teacher's logits; "
-                'set loss = "labels" or teachers = "none"',
-            ),
-            (
-                "views",
-                recover.views == 1,
-                'loss = "mimic" compares networks on one view of an image; set loss = "labels" or views = 1',
-            ),
-            (
-                "trainable",
-                recover.trainable != "all",
-                'loss = "mimic" compares the features before the classifier, from which that learns nothing; '
-                'set loss = "labels" or trainable = "backbone"',
-            ),
-        ]
-    return [
-        (
-            "augment",
-            recover.augment != "shift_cutmix",
-            'puts other classes into an image, and loss = "labels" has one label for it; use "shift" or '
-            '"shift_color"',
-        )
-    ]
+    if "steps" in table and "epochs" not in table:
+        base = dataclasses.replace(base, epochs=None)
+    chosen = merge(base, table, path, "recover")
+    if "stage_weight" not in table:
+        chosen = without_unused(chosen)
+    check_recovery(chosen, str(path))
+    return chosen
 
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<value>[^}]*))?\}")

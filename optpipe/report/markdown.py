@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from optpipe.report import reliability
+from optpipe.report import leakage, reliability
 from optpipe.report.schema import NetworkReport, PrecisionReport, Report
-from optpipe.types import Cell, DeviceState, Figure, Latency, Quality, Table
+from optpipe.types import Cell, DeviceState, Figure, Latency, Quality, Table, Tune
 
 _BESIDE = ("Enqueue Time", "H2D Latency", "D2H Latency", "Latency")
 """What stands beside a GPU's compute time where it was measured, by trtexec's names."""
@@ -23,6 +23,7 @@ def render(report: Report) -> str:
         _reliability(report),
         _price_of_knowing(report),
         f"**Why this plan.** {report.reason}",
+        leakage.section(report.leakage),
         _engines(report),
         *_tables(report),
         _synthesized(report),
@@ -363,11 +364,26 @@ def _conditions(report: Report) -> str:
             f"input {report.target.input_shape}.",
             f"- Calibration: {data.calibration_count} {made}images; {validated}evaluation: "
             f"{data.evaluation_count} others.",
-            f"- Seed {report.seed}; recovery {report.recover.steps} steps of batch {report.recover.batch}.",
+            f"- Seed {report.seed}; {_recovery(report.recover)}.",
             f"- Stages: {stages}.",
             f"- optpipe {report.environment.optpipe}, Python {report.environment.python}; {versions}.",
         ]
     )
+
+
+def _recovery(recover: Tune) -> str:
+    """How the result was trained, and by what: ``[recover]`` in a few words."""
+    if not recover.steps:
+        return "no recovery"
+    softened = f"temperature {recover.temperature:g}"
+    taught = "" if recover.teachers == "none" else f" and teachers ({recover.teachers}, {softened})"
+    learned = {
+        "mimic": "the original's features",
+        "kd": f"the original's answers, {softened}",
+        "cross": f"the original's features and answers, crossed, {softened}",
+        "labels": f"labels{taught}",
+    }[recover.loss]
+    return f'recovery {recover.steps} steps of batch {recover.batch}, loss "{recover.loss}" ({learned})'
 
 
 def _clocks(report: Report) -> list[str]:

@@ -1,9 +1,9 @@
 """The only training loop, and what follows from it: a network's errors and logits.
 
-What is minimised is an :class:`Objective`: to mimic the original's features, or to know the labels. The
-images of a step and their views are a function of seed and step alone, so a checkpoint is weights, optimizer
-state, the objective's running state and the number of steps, and a run that was killed ends with the weights
-of one that was not.
+What is minimised is an :class:`Objective`: to be like the original, or to know the labels. The images
+of a step and their views are a function of seed and step alone, so a checkpoint is weights, optimizer state,
+the objective's running state and the number of steps, and a run that was killed ends with the weights of one
+that was not.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def train(
     device: str = "cpu",
     teachers: Teachers | None = None,
 ) -> Trained:
-    """Train ``student`` in place: until it mimics ``original``, or on the labels with ``teachers``.
+    """Train ``student`` in place: until it is like ``original``, or on the labels with ``teachers``.
 
-    ``tune.loss`` says which: "mimic" (PRACTISE, Eqs 31 and 34) needs the original, "labels" (EKG, Eqs 12
-    and 13) the images' labels, and the teachers where ``tune.teachers`` is not "none". Goes on from the
-    checkpoint where there is one. Only batch-norm layers are ever put in train mode. On another ``device``
-    the student goes there and comes back; the original stays where it is.
+    ``tune.loss`` says which: "mimic" (PRACTISE, Eqs 31 and 34), "kd" and "cross" need the original, "labels"
+    (EKG, Eqs 12 and 13) the images' labels, and the teachers where ``tune.teachers`` is not "none". Goes on
+    from the checkpoint where there is one. Only batch-norm layers are ever put in train mode. On another
+    ``device`` the student goes there and comes back; the original stays where it is.
 
     Raises:
         UsageError: the original, the labels or the teachers that the loss needs are missing.

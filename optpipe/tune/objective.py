@@ -1,9 +1,11 @@
-"""What a training minimises: the distance to the original's features, or the error in the labels."""
+"""What a training minimises: the distance to the original, or the error in the labels."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +13,7 @@ from torch import fx
 
 from optpipe import graph
 from optpipe.errors import UsageError
-from optpipe.losses import distillation, label_errors, mimicking_loss
+from optpipe.losses import cross_distillation, distillation, label_errors, mimicking_loss
 from optpipe.tune.machine import there
 from optpipe.types import Images, Objective, Tune
 
@@ -40,10 +42,16 @@ def objective_of(
     Raises:
         UsageError: something that it needs is missing, or a view of an image may lose its class.
     """
-    if tune.loss == "mimic":
+    if tune.loss != "labels":
         if original is None:
-            raise UsageError('[recover] loss = "mimic" compares with the original network: none was given')
-        return Mimic(student, original, tune.stage_weight, device)
+            raise UsageError(
+                f'[recover] loss = "{tune.loss}" compares with the original network: none was given'
+            )
+        if tune.loss == "kd":
+            return Compared(answers(student, original, tune.temperature, device))
+        if tune.loss == "cross":
+            return Compared(crossed(student, original, tune, device))
+        return Compared(features(student, original, tune, device))
     if images.labels is None:
         raise UsageError(
             '[recover] loss = "labels" needs labelled calibration images; give labels, or loss = "mimic"'
@@ -60,22 +68,15 @@ def objective_of(
     return Labels(student, images.labels, tune, None if tune.teachers == "none" else teachers, device)
 
 
-class Mimic:
-    """The error of the student's features, and of its stages' outputs (PRACTISE, Eqs 31 and 34)."""
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How far the student is from the original on the same views, whichever images they are of."""
 
-    def __init__(
-        self, student: fx.GraphModule, original: fx.GraphModule, stage_weight: float, device: str
-    ) -> None:
-        readers = graph.stage_readers(original) if stage_weight else ()
-        self._pupil = graph.observe(student, readers)
-        self._teacher = there(graph.observe(original, readers).eval(), device)
-        self._stage_weight = stage_weight
+    error: Callable[[torch.Tensor], torch.Tensor]
 
     def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
-        """The error on the same views, whichever images they are of."""
-        with torch.no_grad():
-            wanted = self._teacher(images)
-        return mimicking_loss(self._pupil(images), wanted, self._stage_weight)
+        """The error on the views."""
+        return self.error(images)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Nothing: each step stands alone."""
@@ -85,12 +86,87 @@ class Mimic:
         """Nothing to put back."""
 
 
+def features(
+    student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The error of the student's features, and of its stages' outputs (PRACTISE, Eqs 31 and 34)."""
+    pupil, teacher = _observers(student, original, tune, device)
+
+    def error(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = teacher(images)
+        return _feature_error(pupil(images), wanted, tune)
+
+    return error
+
+
+def answers(
+    student: fx.GraphModule, original: fx.GraphModule, temperature: float, device: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The divergence of the student's softened answers from the original's (Hinton et al., 2015).
+
+    Without the labels' term, since a tiny set may have none.
+    """
+    teacher = there(original.eval(), device)
+
+    def error(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = teacher(images)
+        return distillation(student(images), wanted, temperature)
+
+    return error
+
+
+def crossed(
+    student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The error of the features plus the divergences of :func:`cross_distillation`.
+
+    Together they are PRACTISE's Eq. 17, with Eq. 18 for the features and one term of our own.
+    """
+    pupil, teacher = _observers(student, original, tune, device)
+    _, classifier = graph.split(student)
+    # A copy on every device: gradients pass through it to the student's features, and the caller's original
+    # must gather none.
+    judge = copy.deepcopy(graph.split(original)[1]).eval().requires_grad_(False).to(device)
+
+    def error(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = teacher(images)
+            answer = judge(wanted[0])
+        own = pupil(images)
+        error = _feature_error(own, wanted, tune)
+        return error + cross_distillation(classifier(wanted[0]), judge(own[0]), answer, tune.temperature)
+
+    return error
+
+
+def _observers(
+    student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Student and original as functions from images to their features and what their stages put out."""
+    readers = graph.stage_readers(original) if tune.stage_weight else ()
+    return graph.observe(student, readers), there(graph.observe(original, readers).eval(), device)
+
+
+def _feature_error(own: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], tune: Tune) -> torch.Tensor:
+    for mine, other in zip(own, wanted, strict=True):
+        if mine.shape != other.shape:
+            raise UsageError(
+                f'[recover] loss = "{tune.loss}" compares feature maps of one shape: the student has '
+                f'{tuple(mine.shape[1:])}, the original {tuple(other.shape[1:])}; use loss = "kd" or '
+                '"labels"'
+            )
+    return mimicking_loss(own, wanted, tune.stage_weight)
+
+
 class Labels:
     """Cross-entropy to the labels and divergence from the teachers, summed over an image's views.
 
-    EKG, Eq. 12. With ``tune.teachers = "ensemble"`` only those teachers speak at a step whose loss is at most
-    the student's (Eq. 13): its mean cross-entropy over the last whole epoch, and all of them until there is
-    one. The student's is that of the random views that it trained on, which costs no further pass; on plain
+    With one view and no teachers it is the cross-entropy alone, the "BP" of PRACTISE's tables; else EKG,
+    Eq. 12. With ``tune.teachers = "ensemble"`` only those teachers speak at a step whose loss is at most the
+    student's (Eq. 13): its mean cross-entropy over the last whole epoch, and all of them until there is one.
+    The student's is that of the random views that it trained on, which costs no further pass; on plain
     images, as the teachers', it would be lower, so that a teacher goes on a little longer than it should.
     A "single" teacher always speaks. Like the others it is read from the bank, where the paper's is run on
     every view: the comparison with the ensemble is then of teachers alone, not of augmentations.

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 class Tune:
     """How to train a candidate.
 
-    ``loss``: "mimic" compares its features with the original's, "labels" its logits with the labels.
+    ``loss``: "mimic" compares its features with the original's (MiR; PRACTISE, Eq. 34), "kd" its logits with
+    the original's on the same views at ``temperature`` (Hinton et al., 2015), "cross" both, each network's
+    features going through the other's classifier too (``optpipe.losses.cross_distillation``); none of these
+    needs labels. "labels" compares its logits with the labels: with one view and no teachers it is the plain
+    back propagation that PRACTISE's tables call BP.
+
     ``trainable``: "adaptors" trains only the 1x1 adaptors around the dropped blocks, "backbone" everything
     but the classifier, "all" everything. ``schedule``: "step" multiplies the rate by 0.1 after every 40% of
     the steps, "milestones" by ``decay`` at each of the shares ``milestones`` of them, "cosine" anneals it to
     0; all rise linearly over the share ``warmup`` of the steps. ``epochs``, where it is given, decides the
-    steps. ``stage_weight`` adds the error of each stage's output to that of the features. ``autocast``:
-    "auto" computes in bfloat16 where the processor does so natively.
+    steps. ``stage_weight`` adds the error of each stage's output to that of the features, where features are
+    compared. ``autocast``: "auto" computes in bfloat16 where the processor does so natively.
 
     With ``loss = "labels"``, each of ``views`` random views of an image adds its cross-entropy and, with
     ``teachers``, the divergence from them at ``temperature`` (EKG, Eq. 12): "single" is the original,
@@ -45,7 +50,7 @@ class Tune:
     milestones: tuple[float, ...] = ()
     decay: float = 0.1
     warmup: float = 0.0
-    loss: Literal["mimic", "labels"] = "mimic"
+    loss: Literal["mimic", "kd", "cross", "labels"] = "mimic"
     stage_weight: float = 0.0
     teachers: Literal["none", "single", "ensemble"] = "none"
     bank: int = 5
@@ -56,6 +61,11 @@ class Tune:
     batch_norm: Literal["train", "eval"] = "train"
     augment: Literal["none", "resized_crop", "shift", "shift_color", "shift_cutmix"] = "resized_crop"
     autocast: Literal["auto", "off", "bf16"] = "off"
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether the student's features must have the shape of the original's."""
+        return self.loss in ("mimic", "cross")
 
 
 Want = Literal["latency", "quality", "distance"]
