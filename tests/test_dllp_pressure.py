@@ -122,7 +122,7 @@ def test_mu_brings_the_expected_cost_to_what_is_allowed(allowed: float) -> None:
         return float(torch.sigmoid(odds - mu * costs).mean())
 
     mu = multiplier(cost, allowed)
-    assert cost(mu) == pytest.approx(min(allowed, cost(0)), abs=1e-6)
+    assert cost(mu) == pytest.approx(allowed, abs=1e-6)
     assert cost(mu) <= allowed
 
 
@@ -132,9 +132,9 @@ def test_mu_of_equal_units_by_hand() -> None:
     assert found == pytest.approx(2 + math.log(3), abs=1e-6)
 
 
-def test_nothing_presses_where_nothing_is_to_go() -> None:
-    assert multiplier(lambda mu: 0.6 - 0.001 * mu, 0.7) == 0
-    assert multiplier(lambda mu: 1.0, 1.0) == 0
+def test_mu_is_negative_where_evidence_alone_leaves_less_than_is_allowed() -> None:
+    assert multiplier(lambda mu: 0.6 - 0.001 * mu, 0.7) == pytest.approx(-100)
+    assert multiplier(lambda mu: 0.6, 0.7) == pytest.approx(-200)
 
 
 def test_a_cost_that_cannot_be_met_is_pressed_as_far_as_types_go() -> None:

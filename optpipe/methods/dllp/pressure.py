@@ -7,7 +7,10 @@ original's. To first order that lowers the log-odds of a unit by mu times what i
     theta_g = sigmoid(phi_g - mu c_g),    c_g the unit's cost, of mean 1 over all units,
 
 with phi_g the evidence for the unit that training gathers; sharpened, the log-odds are s times that. mu is
-not tuned: it is what brings the expected cost C(theta) to what is allowed, solved for at every step.
+not tuned: it is what brings the expected cost C(theta) to what is allowed, solved for at every step. It is
+negative where the evidence alone would leave less than the budget allows: few images do not pay for a unit's
+weights (the spike gains n_g log(epsilon / lambda) for a unit that closes), and a network that is asked to be
+20% faster is to be the best of those, not the smallest that explains its images.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from optpipe import graph
 from optpipe.methods._ladder import Ladder
 
 MOST = 200.0
-"""The largest mu: beyond it theta is 0 in any type."""
+"""The largest mu, of either sign: beyond it theta is 0 or 1 in any type."""
 HALVINGS = 40
 
 
@@ -108,10 +111,8 @@ def unit_costs(pressure: Pressure, sizes: Sequence[int]) -> list[float]:
 
 
 def multiplier(cost: Callable[[float], float], allowed: float) -> float:
-    """The mu at which the expected cost, falling in mu, is what is allowed; 0 where it is less anyway."""
-    low, high = 0.0, MOST
-    if cost(low) <= allowed:
-        return low
+    """The mu at which the expected cost, falling in mu, is what is allowed, or comes nearest to it."""
+    low, high = -MOST, MOST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > allowed else (low, middle)
