@@ -16,8 +16,9 @@ prior moves gates and lambda, and not the weights. The kernel is of the weights 
 gates, lambda and d follow their own scores. Those are few, and their gradients differ by orders of magnitude,
 so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015), lambda and d
 by far less than gates. The expected cost (see :mod:`~optpipe.methods.dllp.pressure`) is led evenly from what
-the first theta expects to the budget's over the first :data:`FALL` of the steps. The log-odds are sharpened by and by, so that the last masks are nearly certain:
-the masks' temperature makes them of zeros and ones, and does not settle which.
+the first theta expects to the budget's over the first :data:`FALL` of the steps. The log-odds are sharpened
+by and by, so that the last masks are nearly certain: the masks' temperature makes them of zeros and ones, and
+does not settle which.
 
 With one particle there is no kernel, and phi_i is its score. With beta = 0 neither is computed, and lambda
 and d rest. With fixed masks, the limit of temperature zero, gates rest.
@@ -46,8 +47,9 @@ DECAY = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an objective needs of the recipe. ``begun`` is the cost that is expected of the first theta, ``aim``
-    the one that the budget allows, fractions.
+    """What an objective needs of the recipe.
+
+    ``begun`` is the cost that is expected of the first theta, ``aim`` what the budget allows; both fractions.
 
     ``gate_rate`` and ``scale_rate`` are the steps of gates, and of log lambda and log d, over the learning
     rate; ``sharpen`` is the factor that log-odds have at the last step.
