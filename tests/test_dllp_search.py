@@ -18,9 +18,9 @@ from optpipe import graph, store, tune
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import dllp
-from optpipe.methods._ladder import Ladder, Rung
+from optpipe.methods._ladder import WELL_BELOW, Ladder, Rung
 from optpipe.methods._meter import Meter
-from optpipe.methods.dllp.family import WELL_BELOW, Nested, Tried, family, largest
+from optpipe.methods.dllp.family import Nested, Tried, family, largest
 from optpipe.methods.dllp.pressure import Kept
 from optpipe.methods.dllp.training import particles_of
 from optpipe.types import (
@@ -314,7 +314,7 @@ def test_where_none_meets_the_budget_the_least_that_was_reached_is_said() -> Non
     with pytest.raises(RunError) as error:
         run(members, lambda size: 0.5 + size / TOTAL / 2, 0.3, 20)
     assert str(error.value) == (
-        "no network of the family meets the budget: the smallest that was tried leaves 52.9% (52.5% to "
+        "no network of the family meets the budget: the smallest leaves 52.9% (52.5% to "
         "53.3%) of the latency, 30.0% is allowed; lower the budget, raise [method] builds, or train for "
         "longer"
     )

@@ -16,7 +16,8 @@ from optpipe import graph
 from optpipe.data import ImageSet
 from optpipe.methods import _ladder as ladder
 from optpipe.methods._ladder import Ladder, Rung
-from optpipe.methods.ekg import budgets, images, layers, reward, scores, tables
+from optpipe.methods._norms import of_weights
+from optpipe.methods.ekg import budgets, images, layers, reward, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import plan_of
 from optpipe.methods.ekg.reward import Candidate, Facts, Guide, Judge, Kept
@@ -257,35 +258,35 @@ def group(name: str, of: tuple[str, ...], channels: int = 3) -> ChannelGroup:
 
 def test_l1_adds_a_filters_weights_up_over_tied_layers_in_units_of_the_groups_mean() -> None:
     a, both = group("a", ("a",)), group("a", ("a", "b"))
-    (found,) = scores.of_weights("l1", Tiny(), [a], [(0, 1, 2)], 0)
+    (found,) = of_weights("l1", Tiny(), [a], [(0, 1, 2)], 0)
     # 7, 0, 7, of mean 14 / 3.
     assert found.tolist() == pytest.approx([1.5, 0.0, 1.5])
-    (found,) = scores.of_weights("l1", Tiny(), [both], [(0, 1, 2)], 0)
+    (found,) = of_weights("l1", Tiny(), [both], [(0, 1, 2)], 0)
     # 8, 2, 12, of mean 22 / 3.
     assert found.tolist() == pytest.approx([12 / 11, 3 / 11, 18 / 11])
-    (found,) = scores.of_weights("l1", Tiny(), [both], [(1, 2)], 0)
+    (found,) = of_weights("l1", Tiny(), [both], [(1, 2)], 0)
     # What was taken out before is in no mean: 2 and 12 of mean 7.
     assert found[1:].tolist() == pytest.approx([2 / 7, 12 / 7])
 
 
 def test_fpgm_adds_the_distances_to_the_layers_filters_that_are_left() -> None:
-    (found,) = scores.of_weights("fpgm", Tiny(), [group("a", ("a",))], [(0, 1, 2)], 0)
+    (found,) = of_weights("fpgm", Tiny(), [group("a", ("a",))], [(0, 1, 2)], 0)
     # Distances: 0-1 5, 0-2 10, 1-2 5. Sums 15, 10, 15 of mean 40 / 3.
     assert found.tolist() == pytest.approx([9 / 8, 6 / 8, 9 / 8])
-    (found,) = scores.of_weights("fpgm", Tiny(), [group("b", ("b",))], [(0, 2)], 0)
+    (found,) = of_weights("fpgm", Tiny(), [group("b", ("b",))], [(0, 2)], 0)
     # To the filters 0 and 2 alone: 6 and 6.
     assert found[[0, 2]].tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_random_scores_depend_on_the_seed_alone() -> None:
     groups, kept = [group("a", ("a",)), group("b", ("b",))], [(0, 1, 2), (0, 1, 2)]
-    one, again, other = (torch.cat(scores.of_weights("random", Tiny(), groups, kept, n)) for n in (1, 1, 2))
+    one, again, other = (torch.cat(of_weights("random", Tiny(), groups, kept, n)) for n in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(one[:3], one[3:])
     tiny = Tiny()
     before = torch.random.get_rng_state()
-    scores.of_weights("random", tiny, groups, kept, 1)
+    of_weights("random", tiny, groups, kept, 1)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -29,6 +29,7 @@ from optpipe.graph.rescale import rescale
 from optpipe.graph.resolution import fixed_size, image_shape, sizes_taken
 from optpipe.graph.scales import channel_scales, keep_largest, scale_sources
 from optpipe.graph.stages import observe, stage_readers
+from optpipe.graph.streams import stream_layers
 from optpipe.graph.structure import structure_key
 from optpipe.graph.surgery import apply
 from optpipe.graph.trace import count, shape, total, trace
@@ -64,6 +65,7 @@ __all__ = [
     "sparsity",
     "split",
     "stage_readers",
+    "stream_layers",
     "structure_key",
     "trace",
     "unit_discrimination",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -58,7 +58,11 @@ class WidthMap:
 
     def without(self, layers: Collection[str], reason: str) -> WidthMap:
         """The map in which groups that one of these layers reads stay whole, for that reason."""
-        stays = [bool(set(self.readers(index)) & set(layers)) for index in range(len(self.groups))]
+        reads = (bool(set(self.readers(index)) & set(layers)) for index in range(len(self.groups)))
+        return self.holding(tuple(reads), reason)
+
+    def holding(self, stays: Sequence[bool], reason: str) -> WidthMap:
+        """The map in which these groups, true for each that does, stay whole, for that reason."""
         held = tuple(
             replace(group, prunable=False, why_not=reason)
             for group, stay in zip(self.groups, stays, strict=True)

@@ -16,6 +16,8 @@ from optpipe.types import Answer, Ask, Cell, ChannelGroup, Plan, Request, Table,
 
 PROBES = 8
 """Into how many equal parts a width is divided: the counts that are timed lie between them."""
+WELL_BELOW = 0.75
+"""Down to this share of the lowest count that is clearly faster a group still has that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,21 @@ def _ladder(
     total = sum(macs[index] for index in members) or 1  # groups of one channel have none to give
     shares = tuple(macs[index] / total for index in members)
     return Ladder(groups[members[0]].channels, tuple(members), shares, tuple(timed))
+
+
+def rounded(ladders: Sequence[Ladder], counts: Sequence[int]) -> tuple[int, ...]:
+    """The counts of all groups, each the nearest that the target executes well, of two as near the larger.
+
+    A count that is well below the lowest of them stays as it is: one class alone showed no more time to save
+    there, all together may.
+    """
+    found = list(counts)
+    for ladder in ladders:
+        rungs = [ladder.channels, *(rung.count for rung in ladder.rungs)]
+        for group in ladder.groups:
+            if counts[group] > WELL_BELOW * rungs[-1]:
+                found[group] = min(rungs, key=lambda rung: (abs(rung - counts[group]), -rung))
+    return tuple(found)
 
 
 def table(groups: Sequence[ChannelGroup], ladders: Sequence[Ladder]) -> Table:

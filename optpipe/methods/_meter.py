@@ -55,6 +55,25 @@ def refuse_sparsity(budget: Budget, method: str) -> None:
         )
 
 
+def refuse_met(scene: Scene) -> None:
+    """UsageError for a latency that the original meets already."""
+    allowed = scene.budget.latency_ms
+    if allowed is not None and scene.baseline.median_ms <= allowed:
+        raise UsageError(
+            f"[budget] latency_ms = {allowed}: the original takes {scene.baseline.median_ms:.3f} ms already; "
+            "lower it"
+        )
+
+
+def refuse_blocks(budget: Budget, method: str) -> None:
+    """UsageError for a budget in blocks, of a method that drops none."""
+    if budget.drop_blocks is not None:
+        raise UsageError(
+            f"[budget] drop_blocks: {method} narrows layers and drops no block; give latency_reduction, "
+            "latency_ms, macs_reduction or parameters_reduction"
+        )
+
+
 def meter_of(scene: Scene) -> Meter:
     """The meter of a scene's budget."""
     budget, shown = scene.budget, scene.graph

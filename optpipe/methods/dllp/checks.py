@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from optpipe.errors import UsageError
-from optpipe.methods._meter import refuse_sparsity
+from optpipe.methods._meter import refuse_blocks, refuse_sparsity
 from optpipe.methods.dllp.config import Config
 from optpipe.types import Budget, Images, ModelGraph, Tune
 
@@ -71,11 +71,7 @@ def _check_settings(config: Config) -> None:
 
 
 def _check_budget(budget: Budget, config: Config) -> None:
-    if budget.drop_blocks is not None:
-        raise UsageError(
-            "[budget] drop_blocks: dllp narrows layers and drops no block; give latency_reduction, "
-            "latency_ms, macs_reduction or parameters_reduction"
-        )
+    refuse_blocks(budget, "dllp")
     if config.granularity == "filter":
         refuse_sparsity(budget, 'granularity = "filter"')
     if config.granularity != "filter" and budget.sparsity is None:

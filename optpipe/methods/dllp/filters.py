@@ -9,9 +9,8 @@ from typing import cast
 import torch
 
 from optpipe import graph
-from optpipe.errors import UsageError
 from optpipe.methods import _ladder as ladder
-from optpipe.methods._meter import Meter, meter_of
+from optpipe.methods._meter import Meter, meter_of, refuse_met
 from optpipe.methods.dllp import evidence, figures, tables
 from optpipe.methods.dllp.family import Tried, family, largest
 from optpipe.methods.dllp.particles import PART
@@ -24,11 +23,7 @@ def narrowed(frame: Frame) -> Search:
     """The largest network of the family that meets the budget, and the other particles' beside it."""
     scene, config, masks = frame.scene, frame.config, frame.masks
     meter = meter_of(scene)
-    if meter.allowed >= 1:
-        raise UsageError(
-            f"[budget] latency_ms = {scene.budget.latency_ms}: the original takes "
-            f"{scene.baseline.median_ms:.3f} ms already; lower it"
-        )
+    refuse_met(scene)
     pressing = yield from _pressure(frame, meter)
     found: Fitted | None = None
     ranks = [masks.magnitudes(frame.model)]

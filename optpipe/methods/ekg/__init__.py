@@ -26,7 +26,8 @@ import numpy as np
 from optpipe import graph
 from optpipe.errors import RunError, UsageError
 from optpipe.methods import _ladder as ladder
-from optpipe.methods._meter import refuse_sparsity
+from optpipe.methods._meter import refuse_blocks, refuse_met, refuse_sparsity
+from optpipe.methods._widths import narrowable
 from optpipe.methods.ekg import budgets, images, tables
 from optpipe.methods.ekg.config import Config
 from optpipe.methods.ekg.descent import Field, descend, plan_of
@@ -107,11 +108,7 @@ def check(
 ) -> None:
     """UsageError for what no search can be made of: settings, a budget, a network, images."""
     refuse_sparsity(budget, "ekg")
-    if budget.drop_blocks is not None:
-        raise UsageError(
-            "[budget] drop_blocks: ekg narrows layers and drops no block; give latency_reduction, "
-            "latency_ms, macs_reduction or parameters_reduction"
-        )
+    refuse_blocks(budget, "ekg")
     if not 0 < config.ratio <= 0.9:
         raise UsageError(f"[method] ratio = {config.ratio}: must be above 0 and at most 0.9")
     for key in ("score_images", "tuning_images"):
@@ -138,13 +135,9 @@ def search(scene: Scene, config: Config) -> Search:
         RunError: no widths meet the budget; says what can be reached.
     """
     check(scene.graph, scene.calibration, scene.budget, config, scene.recover)
-    if scene.budget.latency_ms is not None and scene.baseline.median_ms <= scene.budget.latency_ms:
-        raise UsageError(
-            f"[budget] latency_ms = {scene.budget.latency_ms}: the original takes "
-            f"{scene.baseline.median_ms:.3f} ms already; lower it"
-        )
+    refuse_met(scene)
     shape = scene.graph.input_shape
-    widths = _widths(scene)
+    widths = narrowable(scene, "ekg")
     costs = graph.Costs(scene.model, shape, widths)
     yield from _check_reachable(scene, widths, costs)
     ladders: tuple[ladder.Ladder, ...] = ()
@@ -174,22 +167,6 @@ def search(scene: Scene, config: Config) -> Search:
     field = Field(scene, config, widths, costs, judge, ladders, trained.digest)
     taken = yield from descend(field)
     return _choice(field, taken, trained.key, timed)
-
-
-def _widths(scene: Scene) -> graph.WidthMap:
-    """The groups to narrow: all that can be, but for those whose channels the recovery is to compare."""
-    widths = graph.width_map(scene.model, scene.graph.input_shape)
-    if scene.recover.loss == "mimic":
-        original = graph.trace(scene.model, scene.graph.input_shape)
-        _, head = graph.split(original)
-        compared = {str(node.target) for node in head.graph.nodes if node.op == "call_module"}
-        if scene.recover.stage_weight:
-            compared |= set(graph.stage_readers(original))
-        widths = widths.without(compared, "the recovery compares its channels with the original's")
-    if not widths.groups:
-        reason = next((group.why_not for group in widths.fixed), "it has no layer")
-        raise UsageError(f"[method] ekg: no channel group of the network can be narrowed: {reason}")
-    return widths
 
 
 def _measures_widths(scene: Scene, config: Config) -> bool:

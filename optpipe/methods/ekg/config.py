@@ -13,12 +13,12 @@ from optpipe.methods.ekg.scores import Score
 class Config:
     """The keys of ``[method]``.
 
-    ``score``: "taylor" is EKG's (Eq. 9), "gbn" the same on a filter's own output, "l1" and "fpgm" look at
-    the weights, "random" at nothing. ``guide``: whose outputs the reward holds a candidate against beside the
-    labels: nobody's, the original's, or the ensemble's (Table 2). ``ratio``: the share of a layer's filters
-    that a step removes. ``score_images`` and ``tuning_images``: images of each class for the reward (D_val)
-    and for the epoch before the search (D_subset), disjoint. ``tries``: how many layers a step evaluates at
-    the most, the cheapest first; 0 leaves it to the threshold.
+    ``score``: "taylor" is EKG's (Eq. 9), "gbn" the same on a filter's own output, "l1", "l2" and "fpgm"
+    look at the weights, "random" at nothing. ``guide``: whose outputs the reward holds a candidate against
+    beside the labels: nobody's, the original's, or the ensemble's (Table 2). ``ratio``: the share of a
+    layer's filters that a step removes. ``score_images`` and ``tuning_images``: images of each class for the
+    reward (D_val) and for the epoch before the search (D_subset), disjoint. ``tries``: how many layers a step
+    evaluates at the most, the cheapest first; 0 leaves it to the threshold.
 
     ``widths``: "measured" steps to channel counts that the target executes well, "any" by ``ratio`` alone;
     "auto" is "measured" for a latency budget that those counts can meet. ``select``: the candidate of the

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from optpipe import graph
+from optpipe.methods._norms import of_weights
 from optpipe.methods.ekg import layers, scores
 from optpipe.types import Images
 
@@ -159,7 +160,7 @@ class Judge:
         """
         masks = self._masks(history[-1])
         joins = self._catch_up(history)
-        by_gradient = scored and scores.comparable(self._score)
+        by_gradient = scored and not scores.of_weights_alone(self._score)
         leaves = [masks[group].clone().requires_grad_(by_gradient) for group in self._groups]
         scoring = self._gated if self._own is None else self._own
         reward = loss = 0.0
@@ -215,8 +216,8 @@ class Judge:
         Where each layer has its own gates they add up, as GBN has it for layers that are tied; a single
         gate for all of them would be Eq. 9 again, for what lies between is linear or a ReLU.
         """
-        if not scores.comparable(self._score):
-            return scores.of_weights(self._score, self._network, self._gated.groups, kept, self._seed)
+        if scores.of_weights_alone(self._score):
+            return of_weights(self._score, self._network, self._gated.groups, kept, self._seed)
         found = [torch.zeros(group.channels) for group in self._gated.groups]
         for group, leaf in zip(self._groups, leaves, strict=True):
             assert leaf.grad is not None

@@ -1,49 +1,21 @@
 """Filter scores: EKG's own (Eq. 9) and those that it is compared with.
 
-Every scorer gives one number for each channel of each group, low where the channel may go.
+Every scorer gives one number for each channel of each group, low where the channel may go. Those that look
+at the weights alone are in :mod:`optpipe.methods._norms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, TypeGuard
 
-import torch
-from torch import nn
+from optpipe.methods._norms import Norm
 
-from optpipe.types import ChannelGroup
-
-Score = Literal["taylor", "gbn", "l1", "fpgm", "random"]
+Score = Literal["taylor", "gbn", "l1", "l2", "fpgm", "random"]
 
 
-def comparable(score: Score) -> bool:
-    """Whether the scores of two layers can be compared: those that estimate the reward's change can."""
-    return score in {"taylor", "gbn"}
+def of_weights_alone(score: Score) -> TypeGuard[Norm]:
+    """Whether a score looks at no image: then the scores of two layers cannot be compared.
 
-
-def of_weights(
-    score: Score, network: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Sequence[int]], seed: int
-) -> list[torch.Tensor]:
-    """Scores (channels,) of each group from its filters alone, in units of the group's mean.
-
-    "l1" is a filter's L1 norm (Li et al., ICLR 2017), "fpgm" the sum of its distances to the layer's other
-    filters that are still there (He et al., CVPR 2019), "random" a number from 0 to 1. The layers of a
-    group add up.
+    The others estimate the change of the reward.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for group, channels in zip(groups, kept, strict=True):
-        values = torch.zeros(group.channels)
-        for path in group.layers:
-            values += _of_layer(score, network.get_submodule(path), list(channels), generator)
-        found.append(values / values[list(channels)].mean().clamp_min(1e-12))
-    return found
-
-
-def _of_layer(score: Score, layer: nn.Module, kept: list[int], generator: torch.Generator) -> torch.Tensor:
-    filters = cast(torch.Tensor, layer.weight).detach().cpu().flatten(1).float()
-    if score == "random":
-        return torch.rand(len(filters), generator=generator)
-    if score == "l1":
-        return filters.abs().sum(dim=1)
-    return torch.cdist(filters, filters[kept]).sum(dim=1)
+    return score not in {"taylor", "gbn"}
