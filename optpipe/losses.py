@@ -54,20 +54,21 @@ def distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float
 
 
 def cross_distillation(
-    corrected: torch.Tensor, imitated: torch.Tensor, teacher: torch.Tensor, temperature: float
+    own: torch.Tensor, crossed: torch.Tensor, teacher: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The two divergences of networks whose features go through each other's classifier, at a temperature.
+    """What the student's classifier gets wrong on its own features and on the teacher's, at a temperature.
 
     With f the features before the classifier h, S the student, T the teacher, p(z) = softmax(z / t)::
 
-        t² KL(p(h_T(f_T)) || p(h_S(f_T)))  +  t² KL(p(h_T(f_T)) || p(h_T(f_S)))
-              teacher        corrected               teacher        imitated
+        t² KL(p(h_T(f_T)) || p(h_S(f_T)))  +  t² KL(p(h_T(f_T)) || p(h_S(f_S)))
+              teacher        crossed                teacher        own
 
-    each the mean over images. All are logits (N, classes). The first term is what PRACTISE calls cross
-    distillation (Eq. 17 in the manner of its Fig. 7b): the student's classifier learns from features without
-    error. It says nothing of the student's features, and is zero where the classifier is the teacher's. The
-    second is ours, for the features: an error in them costs what it changes in the teacher's answer, so that
-    the loss teaches a backbone whose classifier is fixed. CD (Bai et al., 2020) crosses the networks in both
-    directions too, layer by layer and by squared errors; here they cross once, where the features end.
+    each the mean over images; all are logits (N, classes). The first term is the cross distillation of
+    PRACTISE (the classification in Eq. 17, as its Fig. 7b draws it): features without error teach the
+    classifier. It says nothing of the student's features and is zero while the classifier is the teacher's,
+    so that alone it would never move one that was inherited. The second (Fig. 7a) is added by us: it teaches
+    the backbone under a fixed classifier, and moves a free one to the features that it will see, from which
+    the first holds it back. CD (Bai et al., 2020) crosses the networks at each layer and by squared errors;
+    here they cross once, where the features end.
     """
-    return distillation(corrected, teacher, temperature) + distillation(imitated, teacher, temperature)
+    return distillation(crossed, teacher, temperature) + distillation(own, teacher, temperature)

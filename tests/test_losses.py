@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from optpipe.losses import distillation, feature_mse, label_errors, mimicking_loss
+from optpipe.losses import cross_distillation, distillation, feature_mse, label_errors, mimicking_loss
 
 
 def test_feature_mse_is_the_mean_square_over_all_elements() -> None:
@@ -87,6 +87,17 @@ def test_distillation_pulls_about_as_hard_at_any_temperature() -> None:
         pulls.append(student.grad[0, 0].item())
     # For small logits the gradient tends to (student - teacher) / classes.
     assert pulls == pytest.approx([-1 / 3, -1 / 3], rel=0.05)
+
+
+def test_cross_distillation_is_the_divergence_of_own_and_crossed_answers_from_the_teachers() -> None:
+    # Divided by T = 2 the teacher's odds are 3:1, those on its features 1:1, on the student's own 1:3.
+    teacher = torch.tensor([[2 * math.log(3), 0.0]])
+    crossed, own = torch.tensor([[4.0, 4.0]]), torch.tensor([[0.0, 2 * math.log(3)]])
+    first = 3 / 4 * math.log((3 / 4) / (1 / 2)) + 1 / 4 * math.log((1 / 4) / (1 / 2))
+    second = 3 / 4 * math.log(3) + 1 / 4 * math.log(1 / 3)
+    assert cross_distillation(own, crossed, teacher, 2.0).item() == pytest.approx(4 * (first + second))
+    assert cross_distillation(own, teacher, teacher, 2.0).item() == pytest.approx(4 * second)
+    assert cross_distillation(teacher, crossed, teacher, 2.0).item() == pytest.approx(4 * first)
 
 
 def test_losses_on_logits_are_computed_in_float32() -> None:

@@ -380,7 +380,7 @@ def _recovery(recover: Tune) -> str:
     learned = {
         "mimic": "the original's features",
         "kd": f"the original's answers, {softened}",
-        "cross": f"the original's features and answers, crossed, {softened}",
+        "cross": f"the original's features and answers, {softened}",
         "labels": f"labels{taught}",
     }[recover.loss]
     return f'recovery {recover.steps} steps of batch {recover.batch}, loss "{recover.loss}" ({learned})'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,23 +119,20 @@ def answers(
 def crossed(
     student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The error of the features plus the divergences of :func:`cross_distillation`.
-
-    Together they are PRACTISE's Eq. 17, with Eq. 18 for the features and one term of our own.
-    """
+    """The error of the features plus :func:`cross_distillation` (PRACTISE, Eqs 17 and 18, and a term of ours)."""
     pupil, teacher = _observers(student, original, tune, device)
     _, classifier = graph.split(student)
-    # A copy on every device: gradients pass through it to the student's features, and the caller's original
-    # must gather none.
-    judge = copy.deepcopy(graph.split(original)[1]).eval().requires_grad_(False).to(device)
+    theirs = there(graph.split(original)[1].eval(), device)
 
     def error(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             wanted = teacher(images)
-            answer = judge(wanted[0])
-        own = pupil(images)
-        error = _feature_error(own, wanted, tune)
-        return error + cross_distillation(classifier(wanted[0]), judge(own[0]), answer, tune.temperature)
+            answer = theirs(wanted[0])
+        found = pupil(images)
+        error = _feature_error(found, wanted, tune)
+        return error + cross_distillation(
+            classifier(found[0]), classifier(wanted[0]), answer, tune.temperature
+        )
 
     return error
 

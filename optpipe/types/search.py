@@ -19,8 +19,8 @@ class Tune:
     """How to train a candidate.
 
     ``loss``: "mimic" compares its features with the original's (MiR; PRACTISE, Eq. 34), "kd" its logits with
-    the original's on the same views at ``temperature`` (Hinton et al., 2015), "cross" both, each network's
-    features going through the other's classifier too (``optpipe.losses.cross_distillation``); none of these
+    the original's on the same views at ``temperature`` (Hinton et al., 2015), "cross" both, the original's
+    features going through the student's classifier too (``optpipe.losses.cross_distillation``); none of these
     needs labels. "labels" compares its logits with the labels: with one view and no teachers it is the plain
     back propagation that PRACTISE's tables call BP.
 
