@@ -26,6 +26,7 @@ from optpipe.types import (
     Selective,
     Surface,
     Table,
+    Tune,
 )
 
 # ---------------------------------------------------------------- report.json
@@ -543,6 +544,34 @@ def test_an_ensemble_without_a_price_says_why(report: schema.Report) -> None:
     unpriced = replace(joined, latency=None, quality=None, failed="the builder\ngave up")
     text = markdown.render(replace(report, ensemble=unpriced))
     assert "What it costs is not known: the builder gave up." in text
+
+
+@pytest.mark.parametrize(
+    ("recover", "line"),
+    [
+        (Tune(steps=300), 'recovery 300 steps of batch 64, loss "mimic" (the original\'s features).'),
+        (
+            Tune(steps=9, loss="kd", temperature=2.0),
+            'recovery 9 steps of batch 64, loss "kd" (the original\'s answers, temperature 2).',
+        ),
+        (
+            Tune(steps=9, loss="cross", batch=8),
+            'recovery 9 steps of batch 8, loss "cross" (the original\'s features and answers, '
+            "temperature 4).",
+        ),
+        (Tune(steps=9, loss="labels"), 'recovery 9 steps of batch 64, loss "labels" (labels).'),
+        (
+            Tune(steps=9, loss="labels", teachers="single"),
+            'recovery 9 steps of batch 64, loss "labels" (labels and teachers (single, temperature 4)).',
+        ),
+        (Tune(steps=0), "no recovery."),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.loss,
+)
+def test_the_conditions_say_by_what_the_result_was_trained(
+    report: schema.Report, recover: Tune, line: str
+) -> None:
+    assert f"- Seed 0; {line}\n" in markdown.render(replace(report, recover=recover))
 
 
 def test_without_labels_nothing_is_said_of_reliability(report: schema.Report) -> None:

@@ -119,7 +119,7 @@ def answers(
 def crossed(
     student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The error of the features plus :func:`cross_distillation` (PRACTISE, Eqs 17 and 18, and a term of ours)."""
+    """The features' error plus :func:`cross_distillation` (PRACTISE, Eqs 17 and 18; a term is ours)."""
     pupil, teacher = _observers(student, original, tune, device)
     _, classifier = graph.split(student)
     theirs = there(graph.split(original)[1].eval(), device)
