@@ -98,6 +98,17 @@ class TimingTable:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportTable:
+    """What the report shows beyond what a run measures anyway.
+
+    ``curves`` follows the losses between the original, the pruned and the recovered networks and measures
+    loss leakage, for the price of three more recoveries.
+    """
+
+    curves: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RunTable:
     """The run's name (its folder under ``runs/``) and its seed; ``cache`` reuses trials of other runs."""
 
@@ -126,6 +137,7 @@ class Recipe:
     recover: RawTable
     budget: Budget
     run: RunTable
+    report: ReportTable = ReportTable()
 
     @property
     def folder(self) -> Path:
@@ -133,7 +145,10 @@ class Recipe:
         return self.path.parent
 
     def frozen(self, method: object, recover: object) -> str:
-        """The whole recipe as TOML with every default written out."""
+        """The whole recipe as TOML with every default written out, but for ``report``.
+
+        That changes nothing of the run, so that a finished one can still be asked for more.
+        """
         tables = {
             "model": _plain(self.model),
             "data": _plain(self.data),
@@ -151,7 +166,7 @@ class Recipe:
         return tomli_w.dumps(tables)
 
 
-TABLES = ("model", "data", "target", "export", "timing", "method", "recover", "budget", "run")
+TABLES = ("model", "data", "target", "export", "timing", "method", "recover", "budget", "run", "report")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -217,6 +232,7 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
         recover=recover,
         budget=bind(Budget, raw["budget"], path, "budget"),
         run=bind(RunTable, run, path, "run"),
+        report=bind(ReportTable, raw.get("report", {}), path, "report"),
     )
     _check_ranges(recipe)
     return recipe

@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "preparation",
         "results",
         "lab",
+        "landscape",
         "synthesis",
         "building",
         "contest",

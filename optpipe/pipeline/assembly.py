@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optpipe import contest, store
-from optpipe.pipeline import synthesizing
+from optpipe.pipeline import curves, synthesizing
 from optpipe.preparation import Setup
 from optpipe.report import build, schema
 from optpipe.results import Ingested, Results
@@ -11,9 +11,18 @@ from optpipe.types import Table
 
 
 def assemble(
-    setup: Setup, results: Results, described: schema.EnvironmentReport, held: contest.Contest | None
+    setup: Setup,
+    results: Results,
+    described: schema.EnvironmentReport,
+    held: contest.Contest | None,
+    drawn: curves.Curves | None = None,
+    leaked: schema.LeakageReport | None = None,
 ) -> schema.Report:
-    """The whole report; ``held`` is how the backends did, where the fastest was sought."""
+    """The whole report; ``held`` is how the backends did, where the fastest was sought.
+
+    ``drawn`` are the losses between networks where the recipe asks for them, ``leaked`` is what more images
+    would do, where recovery was by mimicking.
+    """
     recipe, choice, final = setup.recipe, results.analyze.choice, results.benchmark
     chosen = final.results[0]
     contested = () if held is None else (contest.table(held, setup.selected.absent),)
@@ -49,7 +58,7 @@ def assemble(
         plan=choice.plan,
         recover=choice.recover,
         reason=choice.reason,
-        tables=(*contested, *choice.tables, *_layer_tables(results)),
+        tables=(*contested, *choice.tables, *_layer_tables(results), *(drawn.tables if drawn else ())),
         data=_data(setup),
         stages={name: schema.StageReport(getattr(results, name).seconds) for name in store.STAGES},
         environment=described,
@@ -58,9 +67,10 @@ def assemble(
         precisions=_precisions(results),
         engines=results.analyze.engines,
         warnings=_warnings(setup, results),
-        notes=(setup.selected.note,) if setup.selected.note else (),
-        figures=choice.figures,
+        notes=(*((setup.selected.note,) if setup.selected.note else ()), *(drawn.notes if drawn else ())),
+        figures=(*choice.figures, *(drawn.figures if drawn else ())),
         ensemble=_ensemble(results),
+        leakage=leaked,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from optpipe import contest, environment, files, selection, store, timing
 from optpipe.errors import UsageError
+from optpipe.pipeline import curves, leakage
 from optpipe.pipeline.assembly import assemble, known_beforehand
 from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
 from optpipe.pipeline.shipping import benchmark, export
@@ -26,9 +27,10 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
     """Take a prepared recipe through the six stages; a run that was interrupted goes on where it was.
 
     Raises:
-        UsageError: the folder holds another run.
+        UsageError: the folder holds another run, or the recipe asks for curves that cannot be drawn.
         RunError: a stage failed; what was done before it stays done.
     """
+    curves.refuse(setup)
     cache = folder.resolve().parent / ".optpipe-cache" if setup.recipe.run.cache and not fresh else None
     with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache) as opened:
 
@@ -62,7 +64,10 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
         # What is reused may have been measured elsewhere than here.
         measured_on = environment.describe(final.original.fingerprint, device)
-        report = assemble(setup, results, measured_on, held)
+        choice = analyzed.choice
+        drawn = curves.draw(setup, opened, choice, recovered, tell)
+        leaked = leakage.measure(setup, opened, choice, recovered, None if drawn is None else drawn.halves)
+        report = assemble(setup, results, measured_on, held, drawn, leaked)
         build.write(opened.folder, report)
         return report
 

@@ -136,6 +136,52 @@ class DataReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """A number and the 95% interval that a bootstrap over images gives it."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HalvesReport:
+    """Loss leakage (PRACTISE, Eq. 11) between networks recovered on two halves of ``images`` each.
+
+    All are feature errors on the same unseen images: ``half`` the mean of the two networks', ``whole`` that
+    of the network recovered on all images. ``leakage`` is Eq. 11; ``relative`` is that, and ``union`` what
+    going from a half to all really took away (Eq. 12), as shares of ``whole``.
+    """
+
+    images: int
+    half: float
+    whole: float
+    leakage: Interval
+    relative: Interval
+    union: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class LeakageReport:
+    """How much more images would help a recovery by mimicking, and the advice that follows.
+
+    ``seen`` and ``unseen`` are the result's feature errors on calibration and evaluation images, ``ratio``
+    the latter as a multiple of the former, ``control`` that before recovery. ``doubling`` is the share of the
+    unseen error that twice as many images would take away, by the scatter of fitted weights (Claim 3).
+    ``halves`` are measured where the recipe asks for curves.
+    """
+
+    advice: str
+    seen: float
+    unseen: float
+    seen_images: int
+    unseen_images: int
+    ratio: Interval
+    control: Interval
+    doubling: Interval
+    halves: HalvesReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The whole report. A figure stands below the table of the same title, else below all tables."""
 
@@ -163,3 +209,4 @@ class Report:
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     ensemble: EnsembleReport | None = None
+    leakage: LeakageReport | None = None
