@@ -249,7 +249,7 @@ def test_all_blocks_are_scored_once_in_one_step() -> None:
     assert step.name == "scores after 0 drops"
     # What stored scores of earlier runs are found by.
     assert step.depends == (
-        "refit 2, 17 images, Plan(drop_blocks=(), keep_channels=(), input_hw=None), "
+        "refit 3, 17 images, Plan(drop_blocks=(), keep_channels=(), input_hw=None), "
         "['a', 'b', 'c', 'd', 'e', 'f']"
     )
 

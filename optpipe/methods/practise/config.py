@@ -14,7 +14,8 @@ class Config:
 
     ``criterion``: what a block is scored by; low goes first (:mod:`~optpipe.methods.practise.scores`).
     ``scorer``, of recoverability alone: "exact" trains adaptors for ``exact_steps`` as the paper does, "fast"
-    fits one layer in closed form on ``fast_images`` images (``optpipe.graph.refit_errors``).
+    fits the block's substitute and a map after every later block in closed form, on ``fast_images`` images
+    (``optpipe.graph.refit_errors``).
 
     ``select``: "greedy" scores the blocks once. "joint" scores those that remain anew after each drop, beside
     what is gone, and builds greedy's set too, so that the report can say what that gained.
@@ -22,6 +23,6 @@ class Config:
 
     scorer: Literal["fast", "exact"] = "fast"
     exact_steps: int = 1000
-    fast_images: int = 256
+    fast_images: int = 128
     criterion: Criterion = "recoverability"
     select: Literal["greedy", "joint"] = "greedy"

@@ -90,7 +90,7 @@ def _step(scene: Scene, config: Config, base: Plan, remaining: Sequence[str]) ->
     asked = (scene.model, base, remaining, scene.calibration, scene.graph.input_shape)
     if config.criterion == "recoverability":
         refit = partial(graph.refit_errors, *asked, config.fast_images)
-        return Step(name, f"refit 2, {config.fast_images} images, {base}, {remaining}", refit)
+        return Step(name, f"refit 3, {config.fast_images} images, {base}, {remaining}", refit)
     effect = partial(graph.removal_effects, *asked, _EFFECTS[config.criterion])
     return Step(name, f"{config.criterion} 1, all images, {base}, {remaining}", effect)
 
