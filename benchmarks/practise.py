@@ -51,11 +51,12 @@ DROPS = (1, 2, 3, 5, 8, 11)
 REAL = "${OPTPIPE_DATA:-../../../shared}/data/cifar10/train_4660.npz"
 OUTSIDE = "${OPTPIPE_DATA:-../../../shared}/data/out_of_domain/imagenet_1000_32px.npz"
 UNLABELLED = ("data.calibration.labels=false",)
-# Neither loss looks at a stage's output, and one image has one label.
-KD = ('recover.loss="kd"', "recover.stage_weight=0.0", *UNLABELLED)
+# Neither loss looks at a stage's output, both teach the classifier too, and one image has one label.
+LOGITS = ("recover.stage_weight=0.0", 'recover.trainable="all"')
+KD = ('recover.loss="kd"', *LOGITS, *UNLABELLED)
 BP = (
     'recover.loss="labels"',
-    "recover.stage_weight=0.0",
+    *LOGITS,
     'recover.augment="shift"',
     "data.calibration.labels=true",
 )

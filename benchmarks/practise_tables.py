@@ -32,7 +32,8 @@ def markdown(record: Record) -> str:
         "A seed draws the calibration images and decides the recovery. Filters are narrowed inside blocks, all "
         "groups by one rate, to the smallest rate at which the engine is measured to be as much faster as is "
         "asked, and widths are rounded to what it runs well. All recoveries take the same steps. Where blocks "
-        "recover by KD or labels, the blocks are PRACTISE's; the paper's BP (block) drops the first ones.",
+        "recover by KD or labels, the blocks are PRACTISE's; the paper's BP (block) drops the first ones. These two "
+        "train the classifier too.",
         *standard_error(record.facts, [of(row).measured for row in made]),
     ]
     if made:
