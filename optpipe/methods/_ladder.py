@@ -140,18 +140,21 @@ def _ladder(
     return Ladder(groups[members[0]].channels, tuple(members), shares, tuple(timed))
 
 
-def rounded(ladders: Sequence[Ladder], counts: Sequence[int]) -> tuple[int, ...]:
+def rounded(ladders: Sequence[Ladder], counts: Sequence[int], within: float = 1.0) -> tuple[int, ...]:
     """The counts of all groups, each the nearest that the target executes well, of two as near the larger.
 
     A count that is well below the lowest of them stays as it is: one class alone showed no more time to save
-    there, all together may.
+    there, all together may. So does one from which the nearest is further than the share ``within`` of the
+    width: of a class that is timed through noise few counts are clearly faster.
     """
     found = list(counts)
     for ladder in ladders:
         rungs = [ladder.channels, *(rung.count for rung in ladder.rungs)]
         for group in ladder.groups:
             if counts[group] > WELL_BELOW * rungs[-1]:
-                found[group] = min(rungs, key=lambda rung: (abs(rung - counts[group]), -rung))
+                nearest = min(rungs, key=lambda rung: (abs(rung - counts[group]), -rung))
+                if abs(nearest - counts[group]) <= within * ladder.channels:
+                    found[group] = nearest
     return tuple(found)
 
 

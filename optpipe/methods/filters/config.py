@@ -24,8 +24,9 @@ class Config:
     original's; with "residual" and nothing else to narrow than with "normal" the run is refused.
 
     ``rounding``: "engine" leaves, for a latency budget, only channel counts that the target executes well, as
-    they are measured; "none" leaves any. A budget in MACs or parameters rounds nothing: there every channel
-    counts. ``builds``: how many networks are built at most, beside those that show which counts are good.
+    they are measured, and moves no group by more than a quarter of its width for that; "none" leaves any. A
+    budget in MACs or parameters rounds nothing: there every channel counts. ``builds``: how many networks are
+    built at most, beside those that show which counts are good.
     """
 
     criterion: Criterion = "l1"

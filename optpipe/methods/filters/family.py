@@ -11,6 +11,9 @@ from optpipe.methods._meter import Meter
 
 PARTS = 400
 """The ratios that are tried are multiples of one in so many."""
+WITHIN = 0.25
+"""A group is rounded by this share of its width at most, half the way between two counts that lie half a
+width apart: further, and the ratio would be one for all groups in name alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ def family(
     """The networks of rising ratio, narrower each; the whole one is not among them.
 
     A group of C channels keeps the whole number nearest to (1 - ratio) C that its runs can share, one of each
-    at least; with ``ladders`` the nearest that the target executes well. Their savings are then the
-    prediction of a latency; where they come to too little, or there are none, the MACs are.
+    at least; with ``ladders`` the nearest that the target executes well, if it is near. Their savings are
+    then the prediction of a latency; where they come to too little, or there are none, the MACs are.
     """
     whole = tuple(group.channels for group in widths.groups)
     all_parameters, all_macs = costs.of(whole)
@@ -43,7 +46,7 @@ def family(
             max(1, round((1 - part / PARTS) * group.channels / runs)) * runs
             for group, runs in zip(widths.groups, widths.blocks, strict=True)
         )
-        counts = ladder.rounded(ladders, counts)
+        counts = ladder.rounded(ladders, counts, WITHIN)
         if counts == (found[-1].counts if found else whole):
             continue
         parameters, macs = costs.of(counts)
