@@ -130,7 +130,7 @@ def test_a_parabola_lies_below_its_chord_and_leaks_a_quarter_of_its_curvature() 
 
 def test_a_straight_line_is_convex_and_leaks_nothing() -> None:
     found = landscape.convexity(FIFTHS, [3 - share for share in FIFTHS])
-    assert (found.below, found.leakage) == (1.0, pytest.approx(0, abs=1e-12))
+    assert (found.below, found.excess, found.leakage, found.at) == (1.0, 0.0, 0.0, 0.0)
 
 
 def test_a_barrier_is_seen_by_its_height_and_its_share() -> None:

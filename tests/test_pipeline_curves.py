@@ -165,3 +165,23 @@ def test_a_stage_done_afresh_is_measured_afresh(plain: Ran, drawn: Ran, tmp_path
     forget(drawn.folder, "benchmark")
     again = take(drawn.setup, drawn.folder)
     assert again.report.leakage == drawn.report.leakage
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_measures_loss_leakage_between_convex_ends(tmp_path: Path) -> None:
+    """Figs 3 and 4 on the digits: no barrier to speak of, and zeros for blocks are their absence."""
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "practise.toml"
+    overrides = ["report.curves=true", "recover.steps=30", "run.cache=false", "target.threads=1"]
+    setup = preparation.prepare(recipes.load(recipe, overrides))
+    report = take(setup, tmp_path / "run").report
+    assert report.notes == ()
+    found = report.leakage
+    assert found is not None and found.halves is not None
+    assert (found.seen_images, found.halves.images) == (200, 100)
+    assert 0 <= found.halves.relative.value < 1
+    (table,) = [table for table in report.tables if table.title.startswith("Convexity")]
+    lines = {row[0]: row for row in table.rows if row[1] == "feature error"}
+    assert len(lines) == 6
+    for name in ("pruned to recovered", "pruned to adaptors alone", "recovered on 100 images to 100 others"):
+        start, end, excess = (float(value or 0) for value in (lines[name][2], lines[name][3], lines[name][5]))
+        assert excess < 0.1 * max(start, end), name

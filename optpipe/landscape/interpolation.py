@@ -121,9 +121,10 @@ def convexity(shares: Sequence[float], losses: Sequence[float]) -> Convexity:
     depth = {share: (1 - share) * values[0] + share * values[1] - values[share] for share in inner}
     # What float32 networks' losses are off by is no bend.
     slack = 1e-6 * max(abs(values[0]), abs(values[1]))
+    depth = {share: one if abs(one) > slack else 0.0 for share, one in depth.items()}
     deepest = max(depth, key=depth.__getitem__)
     return Convexity(
-        below=sum(one >= -slack for one in depth.values()) / len(inner),
+        below=sum(one >= 0 for one in depth.values()) / len(inner),
         excess=max(0.0, -min(depth.values())),
         leakage=max(0.0, depth[deepest]),
         at=deepest if depth[deepest] > 0 else 0.0,

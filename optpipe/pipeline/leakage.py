@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from optpipe import data, graph, landscape, store
+from optpipe.errors import UsageError
 from optpipe.preparation import Setup
 from optpipe.report import leakage, schema
 from optpipe.results import Recovered
@@ -25,7 +26,7 @@ _ANSWER = "leakage.json"
 def measure(
     setup: Setup, opened: store.Run, choice: Choice, recovered: Recovered, halves: schema.HalvesReport | None
 ) -> schema.LeakageReport | None:
-    """The gap between seen and unseen images, and the advice it implies; None but after mimicking.
+    """The gap between seen and unseen images, and the advice it implies; None but after mimicking, and without errors.
 
     ``halves`` are loss leakage proper (Eq. 11), where it was measured. What was measured before is read.
     """
@@ -34,7 +35,10 @@ def measure(
     key = measured_key("leakage 1", setup, choice, recovered)
     stored = opened.answer("leakage", key, _ANSWER, schema.LeakageReport)
     if stored is None:
-        found = _gap(setup, opened, choice)
+        try:
+            found = _gap(setup, opened, choice)
+        except UsageError:  # a network that has no error, or no finite one, has no ratio of errors
+            return None
         opened.store_answer("leakage", key, _ANSWER, found)
     else:
         found = stored[0]

@@ -54,8 +54,9 @@ def section(found: LeakageReport | None) -> str:
         f"After recovery the feature error (PRACTISE, Eq. 34) is {found.seen:.4g} on {found.seen_images} "
         f"calibration images and {found.unseen:.4g} on {found.unseen_images} evaluation images, which no "
         f"training saw: {_times(found.ratio)}; before recovery it was {_times(found.control)}. By the "
-        "scatter of fitted weights (Claim 3) half of what recovery added to the gap is due to the number of "
-        f"images, so that twice as many would cut the unseen error by {_share(found.doubling)}.",
+        "scatter of fitted weights (Claim 3), which holds near the end of a training, half of what recovery "
+        "added to the gap is due to the number of images, so that by this alone twice as many would cut the "
+        f"unseen error by {_share(found.doubling)}.",
     ]
     if found.halves is not None:
         lines.append(_halves(found.halves))
