@@ -26,7 +26,7 @@ _ANSWER = "leakage.json"
 def measure(
     setup: Setup, opened: store.Run, choice: Choice, recovered: Recovered, halves: schema.HalvesReport | None
 ) -> schema.LeakageReport | None:
-    """The gap between seen and unseen images, and the advice it implies; None but after mimicking, and without errors.
+    """The gap between seen and unseen images, and the advice it implies; None without mimicking, or errors.
 
     ``halves`` are loss leakage proper (Eq. 11), where it was measured. What was measured before is read.
     """
