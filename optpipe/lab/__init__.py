@@ -8,7 +8,7 @@ from optpipe.lab.answers import Lab
 from optpipe.lab.names import plan_name
 from optpipe.lab.nesting import begin, further
 from optpipe.lab.replay import drive
-from optpipe.lab.subject import Clock, Resolutions, Subject, refuse_mimicry
+from optpipe.lab.subject import Clock, Resolutions, Subject, refuse_other_size
 
 __all__ = [
     "Clock",
@@ -19,5 +19,5 @@ __all__ = [
     "drive",
     "further",
     "plan_name",
-    "refuse_mimicry",
+    "refuse_other_size",
 ]

@@ -12,7 +12,7 @@ from optpipe.errors import UsageError
 from optpipe.lab.engines import Engines
 from optpipe.lab.names import plan_name
 from optpipe.lab.nesting import begin
-from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_mimicry
+from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_other_size
 from optpipe.lab.teaching import teachers_of
 from optpipe.types import (
     Answer,
@@ -167,8 +167,8 @@ class Lab:
 
     def _carry_out(self, request: Train, candidate: fx.GraphModule, path: Path) -> None:
         """Train the candidate in place and store its weights."""
-        if request.tune.loss == "mimic":
-            refuse_mimicry(request.plan, self._shape)
+        if request.tune.loss != "labels":
+            refuse_other_size(request.plan, self._shape, request.tune.loss)
         images = self._resolutions.images(request.plan)
         if request.images is not None:
             images = data.part(images, request.images)
@@ -307,8 +307,8 @@ class Lab:
 
     def _refuse_other_size(self, ask: Ask) -> None:
         """UsageError where features are to be compared with the original's, and are of another size."""
-        if ask.tune is not None and ask.tune.loss == "mimic":
-            refuse_mimicry(ask.plan, self._shape)
+        if ask.tune is not None and ask.tune.loss != "labels":
+            refuse_other_size(ask.plan, self._shape, ask.tune.loss)
         shape = self._resolutions.shape(ask.plan)
         if "distance" in ask.wants and shape != self._shape:
             raise UsageError(

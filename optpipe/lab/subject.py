@@ -66,14 +66,14 @@ class Resolutions:
         return self._last
 
 
-def refuse_mimicry(plan: Plan, shape: tuple[int, int, int]) -> None:
-    """UsageError where a network at the plan's resolution would be trained to mimic the original's features.
+def refuse_other_size(plan: Plan, shape: tuple[int, int, int], loss: str) -> None:
+    """UsageError where a network at another resolution would be compared with the original on each image.
 
-    ``shape`` is (C, H, W) of the original's images.
+    ``shape`` is (C, H, W) of the original's images, ``loss`` what compares the two.
     """
     _, height, width = graph.image_shape(plan, shape)
     if (height, width) != shape[1:]:
         raise UsageError(
-            '[recover] loss = "mimic" compares features of one size, and this plan takes images of '
-            f'{height}x{width} where the original takes {shape[1]}x{shape[2]}; use loss = "labels"'
+            f'[recover] loss = "{loss}" compares networks on images of one size, and this plan takes images '
+            f'of {height}x{width} where the original takes {shape[1]}x{shape[2]}; use loss = "labels"'
         )

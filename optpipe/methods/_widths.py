@@ -17,11 +17,11 @@ def narrowable(scene: Scene, method: str) -> graph.WidthMap:
     """
     widths = graph.width_map(scene.model, scene.graph.input_shape)
     # "cross" hands the original's features to the candidate's classifier: they need as many channels.
-    if scene.recover.loss in ("mimic", "cross"):
+    if scene.recover.compares_features:
         original = graph.trace(scene.model, scene.graph.input_shape)
         _, head = graph.split(original)
         compared = {str(node.target) for node in head.graph.nodes if node.op == "call_module"}
-        if scene.recover.loss == "mimic" and scene.recover.stage_weight:
+        if scene.recover.stage_weight:
             compared |= set(graph.stage_readers(original))
         widths = widths.without(compared, COMPARED)
     if not widths.groups:

@@ -9,7 +9,7 @@ import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import UsageError
-from optpipe.lab import Clock, Lab, Subject, begin, drive, refuse_mimicry
+from optpipe.lab import Clock, Lab, Subject, begin, drive, refuse_other_size
 from optpipe.pipeline import engines, memory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
@@ -90,8 +90,8 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
     )
     try:
         choice = drive(setup.method.search(scene, setup.config), lab)
-        if choice.recover.loss == "mimic":
-            refuse_mimicry(choice.plan, setup.target.input_shape)
+        if choice.recover.loss != "labels":
+            refuse_other_size(choice.plan, setup.target.input_shape, choice.recover.loss)
         if recipe.export.uncertainty and not choice.members:
             raise UsageError(
                 f"{recipe.path}: [export] uncertainty = true: {recipe.method_name} left the chosen network "

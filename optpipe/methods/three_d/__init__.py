@@ -104,8 +104,8 @@ def check(
             raise UsageError(f"[method] three_d: {reason}{mend}")
     if recover.loss != "labels":
         raise UsageError(
-            '[recover] loss = "mimic": three_d trains on labels, since features of other widths and sizes do '
-            "not compare; leave it out"
+            f'[recover] loss = "{recover.loss}": three_d trains on labels, since features of other widths '
+            "and sizes do not compare; leave it out"
         )
     assert calibration.labels is not None
     if validation is not None:
