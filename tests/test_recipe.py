@@ -133,7 +133,8 @@ def test_an_unknown_table_names_the_nearest(good: Path) -> None:
 
 def test_an_unknown_table_far_from_all_lists_them(good: Path) -> None:
     assert refusal(changed(good, "[budget]", "[zzz]")) == (
-        "[zzz]: unknown table; valid are model, data, target, export, timing, method, recover, budget, run"
+        "[zzz]: unknown table; valid are model, data, target, export, timing, method, recover, budget, run, "
+        "report"
     )
 
 
