@@ -76,7 +76,6 @@ def settings(**changes: object) -> Settings:
         "kernel": "median",
         "spike": SPIKE,
         "temperature": (1.0, 0.2),
-        "begun": 1.0,
         "aim": 1.0,
         "gate_rate": RATE,
         "scale_rate": RATE,
@@ -351,18 +350,20 @@ def test_a_masked_single_weight_gets_no_gradient_from_the_task() -> None:
 def test_the_expected_cost_follows_the_schedule_of_the_budget() -> None:
     masks = masks_of()
     total = sum(shape.numel() for shape in masks.shapes)
-    running = Stein(made(2, masks), masks, LABELS, settings(begun=0.8, aim=0.4, steps=20), Kept(total))
+    running = Stein(made(2, masks), masks, LABELS, settings(aim=0.4, steps=20), Kept(total))
 
     def expected(index: int) -> float:
         odds = torch.cat([one.detach().flatten() for one in running.of.logits_of(index)])
         return float(torch.sigmoid(odds.double()).sum()) / total
 
+    free = [expected(index) for index in range(2)]
+    assert running.of.mu.tolist() == [0, 0]
     found = []
     for number in range(20):
         step(running, BATCH)
-        allowed = 0.8 - min(1, number / (FALL * 20)) * 0.4
+        allowed = 1 - min(1, number / (FALL * 20)) * 0.6
         for index in range(2):
-            assert expected(index) == pytest.approx(allowed, abs=1e-4)
+            assert expected(index) == pytest.approx(min(allowed, free[index]), abs=1e-4)
         found.append(running.of.mu.tolist())
     for one in zip(*found, strict=True):
         assert list(one) == sorted(one)
@@ -373,9 +374,7 @@ def test_the_expected_cost_follows_the_schedule_of_the_budget() -> None:
 def test_units_that_the_evidence_leaves_without_hope_stay_as_far_as_the_budget_allows() -> None:
     masks = masks_of()
     total = sum(shape.numel() for shape in masks.shapes)
-    running = Stein(
-        made(1, masks), masks, LABELS, settings(begun=0.8, aim=0.6, steps=20), Kept(total), step=19
-    )
+    running = Stein(made(1, masks), masks, LABELS, settings(aim=0.6, steps=20), Kept(total), step=19)
     with torch.no_grad():
         for gate in running.of.gates_of(0):
             gate.sub_(20)

@@ -121,23 +121,28 @@ def test_mu_brings_the_expected_cost_to_what_is_allowed(allowed: float) -> None:
     def cost(mu: float) -> float:
         return float(torch.sigmoid(odds - mu * costs).mean())
 
-    mu = multiplier(cost, allowed)
-    assert cost(mu) == pytest.approx(allowed, abs=1e-6)
+    mu = multiplier(cost, 0.05, allowed)
+    assert cost(mu) == pytest.approx(min(allowed, cost(0)), abs=1e-6)
     assert cost(mu) <= allowed
 
 
 def test_mu_of_equal_units_by_hand() -> None:
     # sigmoid(2 - mu) = 1/4 at mu = 2 + log 3.
-    found = multiplier(lambda mu: 1 / (1 + math.exp(mu - 2)), 0.25)
+    found = multiplier(lambda mu: 1 / (1 + math.exp(mu - 2)), 0.1, 0.25)
     assert found == pytest.approx(2 + math.log(3), abs=1e-6)
 
 
-def test_mu_is_negative_where_evidence_alone_leaves_less_than_is_allowed() -> None:
-    assert multiplier(lambda mu: 0.6 - 0.001 * mu, 0.7) == pytest.approx(-100)
-    assert multiplier(lambda mu: 0.6, 0.7) == pytest.approx(-200)
+def test_nothing_presses_between_the_budget_and_what_is_allowed() -> None:
+    assert multiplier(lambda mu: 0.6 - 0.001 * mu, 0.5, 0.7) == 0
+    assert multiplier(lambda mu: 1.0, 0.5, 1.0) == 0
+
+
+def test_mu_is_negative_where_evidence_alone_leaves_less_than_the_budget() -> None:
+    assert multiplier(lambda mu: 0.6 - 0.001 * mu, 0.7, 0.9) == pytest.approx(-100)
+    assert multiplier(lambda mu: 0.6, 0.7, 0.9) == pytest.approx(-200)
 
 
 def test_a_cost_that_cannot_be_met_is_pressed_as_far_as_types_go() -> None:
-    mu = multiplier(lambda mu: 1 - mu / 1e6, 0.5)
+    mu = multiplier(lambda mu: 1 - mu / 1e6, 0.4, 0.5)
     assert mu == pytest.approx(200)
     assert float(torch.sigmoid(torch.tensor(10.0) - mu)) == 0

@@ -97,7 +97,6 @@ def ended(seed: int, beta: float, kernel: Kernel) -> Ended:
         kernel=kernel,
         spike=1e3,
         temperature=(1.0, 0.1),
-        begun=1.0,
         aim=1.0,
         gate_rate=2 * 20 / STEPS * 0.1 / 0.05,  # gates could come 20 far, as in a search
         scale_rate=2 * 3 / STEPS * 0.1 / 0.05,

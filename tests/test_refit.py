@@ -192,6 +192,21 @@ def test_a_wide_stream_gets_a_convolution_of_one_pixel(
     assert narrow["linear"] > 10 * errors(original, images)["linear"]
 
 
+def test_a_map_is_not_fitted_where_it_would_learn_its_places(
+    original: fx.GraphModule, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow_places, wide_places = 3 * 7, 3 * 55
+    assert narrow_places < 64 < wide_places  # one image has 64 places
+    monkeypatch.setattr("optpipe.graph.refit.MAX_INPUTS", 54)
+    narrow = errors(original, images, count=1)
+    monkeypatch.undo()
+    assert errors(original, images, count=1) == narrow
+    monkeypatch.setattr("optpipe.graph.refit.MIN_PLACES", 10)
+    first = ImageSet(images.pixels[:1], None, images.names[:1], images.mean, images.std, digest=images.digest)
+    for name, error in errors(original, images, count=1).items():
+        assert error == pytest.approx(plain_distance(original, first, name), rel=1e-4)
+
+
 def test_scoring_changes_nothing_of_the_network(original: fx.GraphModule, images: ImageSet) -> None:
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     code, state = original.code, torch.get_rng_state()

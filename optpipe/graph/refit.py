@@ -36,6 +36,8 @@ MAX_INPUTS = 2400
 RIDGE = 1e-3
 # Places, over all images, that the least squares of one map see at the most.
 MAX_PLACES = 2**15
+# Places for each input below which a map is not fitted: it would learn these places, and the error with them.
+MIN_PLACES = 3
 BATCH = 32
 
 _Values: TypeAlias = dict[fx.Node, object]
@@ -153,9 +155,7 @@ def _step(
 ) -> bool:
     """Run one node; returns whether anything was fitted so far, after which all that an add yields is."""
     if node in gone:
-        stream = course.ends[node].stream
-        channels = (shape(stream) or ())[1]
-        _fit(course, running, stream, node, 3 if 9 * channels < MAX_INPUTS else 1)
+        _fit(course, running, course.ends[node].stream, node, 3)
         fitted = True
     elif not any(node in course.ends[add].region for add in gone):
         _run(course, node, running)
@@ -181,14 +181,22 @@ def _tensors(running: Sequence[_Values], node: fx.Node) -> list[torch.Tensor]:
     return [cast(torch.Tensor, values[node]) for values in running]
 
 
-def _fit(course: _Course, running: Sequence[_Values], source: fx.Node, add: fx.Node, kernel: int) -> None:
+def _fit(course: _Course, running: Sequence[_Values], source: fx.Node, add: fx.Node, widest: int) -> None:
     """Let ``add`` yield the convolution of ``source`` that is nearest to what the original's yields.
 
-    Fitted is what is to be added to ``source``, so that the ridge draws the map to the identity.
+    Fitted is what is to be added to ``source``, so that the ridge draws the map to the identity. The kernel is
+    ``widest``, or 1 where that has too many inputs; where even so there are too few places, ``add`` yields
+    ``source`` as it is.
     """
     inputs = _tensors(running, source)
     channels = inputs[0].shape[1]
     stride = _stride(tuple(inputs[0].shape), sum(len(value) for value in inputs))
+    places = sum(len(target) for target in course.targets[add])
+    kernel = widest if widest**2 * channels < MAX_INPUTS and _enough(places, widest, channels) else 1
+    if not _enough(places, kernel, channels):
+        for values, value in zip(running, inputs, strict=True):
+            values[add] = value
+        return
     gram = torch.zeros(kernel**2 * channels + 1, kernel**2 * channels + 1, dtype=torch.float64)
     moment = torch.zeros(len(gram), channels, dtype=torch.float64)
     for value, target in zip(inputs, course.targets[add], strict=True):
@@ -201,6 +209,10 @@ def _fit(course: _Course, running: Sequence[_Values], source: fx.Node, add: fx.N
     weight[:, :, kernel // 2, kernel // 2] += torch.eye(channels)
     for values, value in zip(running, inputs, strict=True):
         values[add] = F.conv2d(value, weight, solved[-1], padding=kernel // 2)
+
+
+def _enough(places: int, kernel: int, channels: int) -> bool:
+    return places >= MIN_PLACES * (kernel**2 * channels + 1)
 
 
 def _stride(size: tuple[int, ...], count: int) -> int:

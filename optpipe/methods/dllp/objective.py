@@ -15,10 +15,10 @@ along that length alone, and with lambda following the shorter weights there is 
 prior moves gates and lambda, and not the weights. The kernel is of the weights alone, as Eq. 14 has it;
 gates, lambda and d follow their own scores. Those are few, and their gradients differ by orders of magnitude,
 so each moves by its gradient over the root of its running mean square (Kingma and Ba, 2015), lambda and d
-by far less than gates. The expected cost (see :mod:`~optpipe.methods.dllp.pressure`) is led evenly from what
-the first theta expects to the budget's over the first :data:`FALL` of the steps. The log-odds are sharpened
-by and by, so that the last masks are nearly certain: the masks' temperature makes them of zeros and ones, and
-does not settle which.
+by far less than gates. The expected cost (see :mod:`~optpipe.methods.dllp.pressure`) is kept from falling
+below the budget's, and from exceeding what is allowed, which falls evenly from the whole network's to the
+budget's over the first :data:`FALL` of the steps. The log-odds are sharpened by and by, so that the last
+masks are nearly certain: the masks' temperature makes them of zeros and ones, and does not settle which.
 
 With one particle there is no kernel, and phi_i is its score. With beta = 0 neither is computed, and lambda
 and d rest. With fixed masks, the limit of temperature zero, gates rest.
@@ -49,7 +49,7 @@ DECAY = 0.98
 class Settings:
     """What an objective needs of the recipe.
 
-    ``begun`` is the cost that is expected of the first theta, ``aim`` what the budget allows; both fractions.
+    ``aim`` is the cost that the budget allows, a fraction.
 
     ``gate_rate`` and ``scale_rate`` are the steps of gates, and of log lambda and log d, over the learning
     rate; ``sharpen`` is the factor that log-odds have at the last step.
@@ -62,7 +62,6 @@ class Settings:
     kernel: stein.Kernel
     spike: float
     temperature: tuple[float, float]
-    begun: float
     aim: float
     gate_rate: float
     scale_rate: float
@@ -201,13 +200,13 @@ class Stein:
             counts = empty.index_add(0, sets, torch.sigmoid(sharp * (odds - mu * lowered)))
             return pressure.cost(counts.cpu())
 
-        self.of.mu[index] = multiplier(cost, self._allowed())
+        allowed = self._allowed()
+        self.of.mu[index] = multiplier(cost, min(self.settings.aim, allowed), allowed)
 
     def _allowed(self) -> float:
-        """The cost that the expected one is brought to at this step."""
+        """The most that is allowed to be expected at this step."""
         share = min(1.0, self.step / max(1.0, FALL * self.settings.steps))
-        begun = self.settings.begun
-        return begun - share * (begun - min(begun, self.settings.aim))
+        return 1.0 - share * (1.0 - self.settings.aim)
 
     def _directions(
         self, weights: Sequence[Mapping[str, Tensor]], scores: Sequence[Mapping[str, Tensor]]

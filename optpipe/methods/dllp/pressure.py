@@ -7,10 +7,10 @@ original's. To first order that lowers the log-odds of a unit by mu times what i
     theta_g = sigmoid(phi_g - mu c_g),    c_g the unit's cost, of mean 1 over all units,
 
 with phi_g the evidence for the unit that training gathers; sharpened, the log-odds are s times that. mu is
-not tuned: it is what brings the expected cost C(theta) to what is allowed, solved for at every step. It is
-negative where the evidence alone would leave less than the budget allows: few images do not pay for a unit's
-weights (the spike gains n_g log(epsilon / lambda) for a unit that closes), and a network that is asked to be
-20% faster is to be the best of those, not the smallest that explains its images.
+not tuned: it is what brings the expected cost C(theta) down to what is allowed, solved for at every step, or
+up to the budget's, being negative, where the evidence alone would leave less: few images do not pay for the
+weights of many units (the spike gains n_g log(epsilon / lambda) for one that closes), and a network that is
+asked to be 20% faster is to be the best of those, not the smallest that explains its images.
 """
 
 from __future__ import annotations
@@ -110,10 +110,16 @@ def unit_costs(pressure: Pressure, sizes: Sequence[int]) -> list[float]:
     return [cost / mean if mean > 0 else 1.0 for cost in found]
 
 
-def multiplier(cost: Callable[[float], float], allowed: float) -> float:
-    """The mu at which the expected cost, falling in mu, is what is allowed, or comes nearest to it."""
-    low, high = -MOST, MOST
+def multiplier(cost: Callable[[float], float], least: float, most: float) -> float:
+    """The mu nearest to 0 at which the expected cost, falling in mu, is neither below nor above the two.
+
+    Where none of at most :data:`MOST` is, the one that comes nearest to it.
+    """
+    free = cost(0.0)
+    if least <= free <= most:
+        return 0.0
+    low, high, wanted = (0.0, MOST, most) if free > most else (-MOST, 0.0, least)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) > allowed else (low, middle)
+        low, high = (middle, high) if cost(middle) > wanted else (low, middle)
     return high

@@ -21,7 +21,7 @@ from optpipe.methods.dllp.particles import PART, Particles
 from optpipe.methods.dllp.pressure import Pressure, unit_costs
 from optpipe.types import Fit, Fitted, Member, Objective, Plan, Scene, Start, Tune
 
-VERSION = 4
+VERSION = 5
 """Of the trainings: raise it where the same settings would come to other weights."""
 
 Masking = Sequence[Sequence[Tensor]]
@@ -113,8 +113,6 @@ class Frame:
         assert labels is not None
         # The mean rate of a cosine is half of the first; momentum adds up to 1 / (1 - momentum) steps.
         unit = 2 * (1 - config.momentum) / (max(1, steps) * config.lr)
-        sizes = [shape.numel() for shape in self.masks.shapes]
-        first = config.keep * torch.tensor(sizes, dtype=torch.float64)
         settings = Settings(
             steps=steps,
             seed=self.scene.seed,
@@ -123,7 +121,6 @@ class Frame:
             kernel=config.kernel,
             spike=config.spike,
             temperature=config.temperature,
-            begun=1.0 if pressure is None else pressure.cost(first),
             aim=aim,
             gate_rate=config.travel * unit,
             scale_rate=SCALE_TRAVEL * unit,
