@@ -184,9 +184,9 @@ def _tensors(running: Sequence[_Values], node: fx.Node) -> list[torch.Tensor]:
 def _fit(course: _Course, running: Sequence[_Values], source: fx.Node, add: fx.Node, widest: int) -> None:
     """Let ``add`` yield the convolution of ``source`` that is nearest to what the original's yields.
 
-    Fitted is what is to be added to ``source``, so that the ridge draws the map to the identity. The kernel is
-    ``widest``, or 1 where that has too many inputs; where even so there are too few places, ``add`` yields
-    ``source`` as it is.
+    Fitted is what is to be added to ``source``, so that the ridge draws the map to the identity. The kernel
+    is ``widest``, or 1 where that has too many inputs; where even so there are too few places, ``add``
+    yields ``source`` as it is.
     """
     inputs = _tensors(running, source)
     channels = inputs[0].shape[1]
