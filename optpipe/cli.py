@@ -157,27 +157,107 @@ def bench(
 
 @cli.command()
 @RUN
-@click.option("--max-accuracy-drop", type=float, required=True, metavar="P", help="Percentage points.")
-@click.option("--min-latency-reduction", type=float, required=True, metavar="P", help="Percent.")
+@click.option("--max-accuracy-drop", type=float, metavar="P", help="Percentage points.")
+@click.option("--min-agreement", type=float, metavar="P", help="Percent, with the original's classes.")
+@click.option("--min-latency-reduction", type=float, metavar="P", help="Percent.")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="OLD_RUN", help="Refuse regressions.")
+@click.option("--max-accuracy-regression", type=float, metavar="P", help="Points, to the baseline [0].")
+@click.option("--max-latency-regression", type=float, metavar="P", help="Percent, to the baseline [0].")
+@click.option("--across-machines", is_flag=True, help="Compare latencies of other machines too, marked.")
+@click.option("--strict", is_flag=True, help="Values must keep the limits, not only their intervals.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the checks as JUnit XML.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEBUG
 def gate(
-    run: Path, *, max_accuracy_drop: float, min_latency_reduction: float, junit: Path | None, debug: bool
+    run: Path,
+    *,
+    max_accuracy_drop: float | None,
+    min_agreement: float | None,
+    min_latency_reduction: float | None,
+    baseline: Path | None,
+    max_accuracy_regression: float | None,
+    max_latency_regression: float | None,
+    across_machines: bool,
+    strict: bool,
+    junit: Path | None,
+    as_json: bool,
+    debug: bool,
 ) -> None:
-    """Hold a finished RUN against limits; exit code 1 when one is not met."""
+    """Hold a finished RUN against limits and an older run; exit code 1 when one is missed.
+
+    A limit is missed where it lies outside the measured 95% interval, on the bad side. Those that are not
+    given are taken from the [gate] table of the run's recipe. Where GITHUB_STEP_SUMMARY names a file, a
+    summary in Markdown is appended to it.
+    """
     from optpipe import files
     from optpipe.report import build
     from optpipe.report import gate as gates
 
+    given = gates.Limits(
+        max_accuracy_drop,
+        min_agreement,
+        min_latency_reduction,
+        max_accuracy_regression,
+        max_latency_regression,
+        strict,
+    )
+    gates.refuse_options(given, baseline is not None)
     report = build.read(run)
-    checks = gates.check(report, max_accuracy_drop, min_latency_reduction)
+    old = None if baseline is None else gates.Baseline(str(baseline), build.read(baseline), across_machines)
+    verdict = gates.judge(str(run), report, given.over(build.read_limits(run)), old)
     if junit is not None:
-        files.write_atomically(junit, gates.junit(report, checks))
-    for check in checks:
-        click.echo(f"{'PASSED' if check.passed else 'FAILED'} {check.name}: {check.message}")
-    failed = [check.name for check in checks if not check.passed]
-    if failed:
-        raise GateError(f"{run}: {' and '.join(failed)} not met")
+        files.write_atomically(junit, gates.junit(report, verdict.checks))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(gates.markdown(report, verdict))
+    click.echo(gates.as_json(verdict) if as_json else gates.as_text(verdict), nl=False)
+    if not verdict.passed:
+        raise GateError(f"{run}: {' and '.join(gates.failed(verdict))} not met")
+
+
+@cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for compare.md, .json and .svg.")
+@click.option("--across-machines", is_flag=True, help="Show latencies of other machines too, marked.")
+@click.option("--across-models", is_flag=True, help="Show runs of other models too, marked.")
+@click.option("--across-images", is_flag=True, help="Show accuracies on other images too, marked.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@DEBUG
+def compare(
+    runs: Sequence[Path],
+    *,
+    out: Path | None,
+    across_machines: bool,
+    across_models: bool,
+    across_images: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Show finished RUNs side by side; the others are held against the first."""
+    from optpipe import comparison
+
+    allowed = comparison.Allowed(across_machines, across_models, across_images)
+    compared = comparison.compare(runs, allowed)
+    if out is not None:
+        comparison.write(compared, out)
+    click.echo(comparison.as_json(compared) if as_json else comparison.as_markdown(compared), nl=False)
+
+
+@cli.command("report")
+@RUN
+@click.option("--open", "opens", is_flag=True, help="Open it in the browser.")
+@DEBUG
+def rewrite_report(run: Path, *, opens: bool, debug: bool) -> None:
+    """Write the report of a finished RUN anew from its report.json, and print where it is."""
+    from optpipe.report import rewrite
+
+    path = rewrite.rewrite(run)
+    click.echo(path)
+    if opens:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            raise MissingError(f"{path}: there is no browser to open it with; open the file yourself")
 
 
 @cli.command()

@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"recovery", "data", "models", "precision", "types", "errors"},
     # what a run leaves behind
     "report": {"files", "store", "types", "errors"},
+    "comparison": {"files", "report", "store", "types", "errors"},
     "deploy": {"files", "store", "data", "models", "graph", "types", "errors"},
     "optpipe": {"deploy"},
     "environment": {"optpipe", "plugins", "report", "types", "errors"},
@@ -161,6 +162,7 @@ ALLOWED: dict[str, set[str]] = {
         "preparation",
         "recipe",
         "inspection",
+        "comparison",
         "bench",
         "rebuild",
         "survey",
@@ -408,7 +410,10 @@ def test_a_file_stays_readable_in_one_sitting(path: Path) -> None:
 
 
 def test_the_light_modules_import_no_torch() -> None:
-    light = ("types", "errors", "recipe", "models", "data", "store", "report.build", "deploy", "bench", "cli")
+    light = (
+        *("types", "errors", "recipe", "models", "data", "store", "report.build", "deploy"),
+        *("bench", "comparison", "cli"),
+    )
     code = "import sys\n" + "\n".join(f"import optpipe.{module}" for module in light)
     done = run_python("-c", f"{code}\nassert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr

@@ -230,7 +230,18 @@ def test_bad_arguments_exit_2(optpipe: Call, words: tuple[str, ...]) -> None:
 def test_no_command_shows_what_there_is(optpipe: Call) -> None:
     code, out, err = optpipe()
     assert code == 2
-    for command in ("run", "inspect", "bench", "gate", "verify", "rebuild", "landscape", "doctor"):
+    for command in (
+        "run",
+        "inspect",
+        "bench",
+        "gate",
+        "compare",
+        "report",
+        "verify",
+        "rebuild",
+        "landscape",
+        "doctor",
+    ):
         assert f"  {command} " in out + err
 
 
