@@ -192,19 +192,20 @@ def gate(
     from optpipe import files
     from optpipe.report import build
     from optpipe.report import gate as gates
+    from optpipe.report import limits as recorded
 
-    given = gates.Limits(
-        max_accuracy_drop,
-        min_agreement,
-        min_latency_reduction,
-        max_accuracy_regression,
-        max_latency_regression,
-        strict,
+    given = gates.options(
+        max_accuracy_drop=max_accuracy_drop,
+        min_agreement=min_agreement,
+        min_latency_reduction=min_latency_reduction,
+        max_accuracy_regression=max_accuracy_regression,
+        max_latency_regression=max_latency_regression,
+        strict=strict,
+        against_baseline=baseline is not None,
     )
-    gates.refuse_options(given, baseline is not None)
     report = build.read(run)
     old = None if baseline is None else gates.Baseline(str(baseline), build.read(baseline), across_machines)
-    verdict = gates.judge(str(run), report, given.over(build.read_limits(run)), old)
+    verdict = gates.judge(str(run), report, given.over(recorded.read(run)), old)
     if junit is not None:
         files.write_atomically(junit, gates.junit(report, verdict.checks))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):

@@ -26,7 +26,7 @@ from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
 from optpipe.precision import Settings, check
 from optpipe.recovery import check_recovery, without_unused
-from optpipe.types import Budget, Precision, Synthesis, Tune
+from optpipe.types import Budget, Limits, Precision, Synthesis, Tune
 
 T = TypeVar("T")
 Value = str | int | float | bool | Sequence["Value"] | Mapping[str, "Value"]
@@ -138,6 +138,7 @@ class Recipe:
     budget: Budget
     run: RunTable
     report: ReportTable = ReportTable()
+    gate: Limits = field(default_factory=Limits)
 
     @property
     def folder(self) -> Path:
@@ -145,9 +146,10 @@ class Recipe:
         return self.path.parent
 
     def frozen(self, method: object, recover: object) -> str:
-        """The whole recipe as TOML with every default written out, but for ``report``.
+        """The whole recipe as TOML with every default written out, but for ``report`` and ``gate``.
 
-        That changes nothing of the run, so that a finished one can still be asked for more.
+        They change nothing of the run, so that a finished one can still be asked for more, and be held
+        against other limits.
         """
         tables = {
             "model": _plain(self.model),
@@ -166,7 +168,9 @@ class Recipe:
         return tomli_w.dumps(tables)
 
 
-TABLES = ("model", "data", "target", "export", "timing", "method", "recover", "budget", "run", "report")
+TABLES = (
+    "model", "data", "target", "export", "timing", "method", "recover", "budget", "run", "report", "gate"
+)  # fmt: skip
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -233,6 +237,7 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
         budget=bind(Budget, raw["budget"], path, "budget"),
         run=bind(RunTable, run, path, "run"),
         report=bind(ReportTable, raw.get("report", {}), path, "report"),
+        gate=bind(Limits, raw.get("gate", {}), path, "gate"),
     )
     _check_ranges(recipe)
     return recipe
@@ -314,8 +319,9 @@ def _check_ranges(recipe: Recipe) -> None:
         ("timing", "drift", recipe.timing.drift, False, positive),
         ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
     ]
-    if recipe.run.seed < 0:
-        raise UsageError(f"{recipe.path}: [run] seed = {recipe.run.seed}: must not be below 0")
+    unmeant = recipe.gate.problem()
+    if unmeant is not None:
+        raise UsageError(f"{recipe.path}: [gate] {unmeant[0]} = {unmeant[1]:g}: {unmeant[2]}")
     check(recipe.export.quantize, f"{recipe.path}: [export.quantize]")
     images = recipe.data
     check_synthesis(images.calibration, images.preprocess, images.synthesize, str(recipe.path))

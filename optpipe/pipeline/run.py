@@ -16,7 +16,7 @@ from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
 from optpipe.pipeline.shipping import benchmark, export
 from optpipe.pipeline.synthesizing import synthesized
 from optpipe.preparation import Setup
-from optpipe.report import build, schema
+from optpipe.report import build, limits, schema
 from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Inputs, Pruned, Recovered, Results
 from optpipe.types import Emit, Event
 
@@ -68,6 +68,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         drawn = curves.draw(setup, opened, choice, recovered, tell)
         leaked = leakage.measure(setup, opened, choice, recovered, None if drawn is None else drawn.halves)
         report = assemble(setup, results, measured_on, held, drawn, leaked)
+        limits.write(opened.folder, setup.recipe.gate)
         build.write(opened.folder, report)
         return report
 

@@ -3,6 +3,7 @@
 Values are JSON-able unless they say otherwise. Nothing here touches a file, a clock or a device.
 """
 
+from optpipe.types.limits import Limits
 from optpipe.types.measurement import (
     Calibration,
     CalibrationBin,
@@ -71,6 +72,7 @@ __all__ = [
     "Images",
     "Interim",
     "Latency",
+    "Limits",
     "Member",
     "Method",
     "ModelGraph",
