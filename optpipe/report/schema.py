@@ -182,6 +182,24 @@ class LeakageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A network that the search built and timed beside the original, as it was before any recovery.
+
+    ``ratio`` is the median of paired ratios to the original's latency, ``ratio_ci95`` its interval.
+    ``quality`` is None where the search measured none; its ``split`` says on which images it did.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    median_ms: float
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    quality: Quality | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The whole report. A figure stands below the table of the same title, else below all tables."""
 
@@ -210,3 +228,4 @@ class Report:
     figures: tuple[Figure, ...] = ()
     ensemble: EnsembleReport | None = None
     leakage: LeakageReport | None = None
+    candidates: tuple[Candidate, ...] = ()
