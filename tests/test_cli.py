@@ -61,17 +61,18 @@ def test_what_went_well_exits_0_with_its_result_on_stdout_alone(optpipe: Call, f
     code, out, err = optpipe("gate", finished, *GATE)
     assert (code, err) == (0, "")
     assert out == (
-        "PASSED accuracy: top1 drop 1.00 points, at most 1 allowed\n"
-        "PASSED latency: latency reduction 25.00%, at least 20% asked\n"
+        "PASSED accuracy: top1 drop 1.00 points (-0.68 to 2.68), at most 1 point allowed; "
+        "the interval reaches beyond that\n"
+        "PASSED latency: latency reduction 25.00% (24.00 to 26.00), at least 20% asked\n"
     )
 
 
 def test_a_gate_that_is_not_met_exits_1(optpipe: Call, finished: Path) -> None:
-    code, out, err = optpipe("gate", finished, "--max-accuracy-drop", 0.5, "--min-latency-reduction", 30)
-    assert (code, err) == (1, f"Error: {finished}: accuracy and latency not met\n")
+    code, out, err = optpipe("gate", finished, "--min-agreement", 98.5, "--min-latency-reduction", 30)
+    assert (code, err) == (1, f"Error: {finished}: agreement and latency not met\n")
     assert out == (
-        "FAILED accuracy: top1 drop 1.00 points, at most 0.5 allowed\n"
-        "FAILED latency: latency reduction 25.00%, at least 30% asked\n"
+        "FAILED agreement: agreement with the original 96.00% (94.00 to 98.00), at least 98.5% asked\n"
+        "FAILED latency: latency reduction 25.00% (24.00 to 26.00), at least 30% asked\n"
     )
 
 
@@ -219,7 +220,7 @@ def test_an_unknown_option_names_the_nearest(optpipe: Call) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("run",), ("gate", "run"), ("bench", "a.onnx", "--batch", "0"), ("bench", "a.onnx", "--duration", "x")],
+    [("run",), ("gate",), ("bench", "a.onnx", "--batch", "0"), ("bench", "a.onnx", "--duration", "x")],
 )
 def test_bad_arguments_exit_2(optpipe: Call, words: tuple[str, ...]) -> None:
     code, out, err = optpipe(*words)

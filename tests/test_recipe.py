@@ -14,7 +14,7 @@ from optpipe import recipe as recipes
 from optpipe.data import DataSpec, Preprocess
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
-from optpipe.types import Budget, Tune
+from optpipe.types import Budget, Limits, Tune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ def test_an_unknown_table_names_the_nearest(good: Path) -> None:
 def test_an_unknown_table_far_from_all_lists_them(good: Path) -> None:
     assert refusal(changed(good, "[budget]", "[zzz]")) == (
         "[zzz]: unknown table; valid are model, data, target, export, timing, method, recover, budget, run, "
-        "report"
+        "report, gate"
     )
 
 
@@ -281,6 +281,35 @@ def test_a_reduction_in_size_is_a_share(good: Path, key: str) -> None:
     assert recipes.load(path).budget == (
         Budget(macs_reduction=0.5) if key == "macs_reduction" else Budget(parameters_reduction=0.5)
     )
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_limits_of_the_gate_are_read_and_change_nothing_of_the_run(good: Path) -> None:
+    plain = recipes.load(good)
+    assert plain.gate == Limits()
+    limited = recipes.load(good, ["gate.max_accuracy_drop=1", "gate.min_agreement=97.5", "gate.strict=true"])
+    assert limited.gate == Limits(max_accuracy_drop=1.0, min_agreement=97.5, strict=True)
+    assert limited.frozen({}, Tune(steps=300)) == plain.frozen({}, Tune(steps=300))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gate.min_agrement=90", "[gate] min_agrement = 90: unknown key; did you mean min_agreement?"),
+        ("gate.strict=1", "[gate] strict = 1: should be a valid boolean"),
+        ('gate.max_accuracy_drop="1"', '[gate] max_accuracy_drop = "1": should be a valid number'),
+        ("gate.max_accuracy_drop=nan", "[gate] max_accuracy_drop = nan: must be finite"),
+        ("gate.max_accuracy_drop=101", "[gate] max_accuracy_drop = 101: must be at most 100"),
+        (
+            "gate.min_latency_reduction=0.2",
+            "[gate] min_latency_reduction = 0.2: is in percent: write 20 for a share of 0.2",
+        ),
+    ],
+)
+def test_a_limit_that_cannot_be_meant_is_refused(good: Path, override: str, message: str) -> None:
+    assert refusal(good, override) == message
 
 
 # ---------------------------------------------------------------- environment variables

@@ -191,8 +191,8 @@ def _latency(report: Report, baseline: Baseline, limits: Limits) -> Check:
     new_l, old_l = report.result.latency, old.result.latency
     elsewhere = _machine_difference(new_l, old_l)
     if elsewhere and not baseline.across_machines:
-        message = f"not compared: the machines or their settings differ ({elsewhere}); --across-machines compares them"
-        return Check(name, "skipped", message)
+        message = f"not compared: the machines or their settings differ ({elsewhere})"
+        return Check(name, "skipped", f"{message}; --across-machines compares them")
     if report.target.batch != old.target.batch:
         message = f"not compared: batches of {report.target.batch} here, of {old.target.batch} there"
         return Check(name, "skipped", message)
@@ -283,7 +283,9 @@ class _Held:
 
     def _with_unit(self, number: float | str) -> str:
         shown = number if isinstance(number, str) else f"{number:g}"
-        return f"{shown}%" if self.unit == "%" else f"{shown} {self.unit}"
+        if self.unit == "%":
+            return f"{shown}%"
+        return f"{shown} {self.unit.removesuffix('s') if shown == '1' else self.unit}"
 
 
 def junit(report: Report, checks: tuple[Check, ...]) -> str:

@@ -44,4 +44,5 @@ class Limits:
     def over(self, others: Limits) -> Limits:
         """These, and where one is not given the other's; strict where either is."""
         pairs = ((f.name, getattr(self, f.name), getattr(others, f.name)) for f in dataclasses.fields(self))
-        return Limits(**{name: theirs if own is None else own or theirs for name, own, theirs in pairs})
+        chosen = {name: theirs if own is None else own for name, own, theirs in pairs}
+        return dataclasses.replace(Limits(**chosen), strict=self.strict or others.strict)
