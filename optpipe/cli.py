@@ -18,8 +18,9 @@ import click
 from optpipe import __version__
 from optpipe.errors import GateError, MissingError, OptpipeError
 
-RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
-RUN = click.argument("run", type=click.Path(path_type=Path))
+PATH = click.Path(path_type=Path)
+RECIPE = click.argument("recipe", type=PATH)
+RUN = click.argument("run", type=PATH)
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Replace a value of the recipe."
 )
@@ -95,6 +96,40 @@ def run(
         report = pipeline.run(setup, folder, fresh=fresh, emit=console.show)
     for line in markdown.summary(report, str(folder)):
         click.echo(line)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--weights", metavar="FILE|NAME", help="The network's weights.")
+@click.option("--calibration", metavar="FOLDER|NPZ", help="Images to learn from.")
+@click.option("--evaluation", metavar="FOLDER|NPZ", help="Images to score with.")
+@click.option("--classes", type=click.IntRange(min=1), help="Classes, if not the network's default.")
+@click.option("--channels", type=click.IntRange(min=1), help="Of an image, if not the network's default.")
+@click.option("--size", type=click.IntRange(min=1), nargs=2, metavar="H W", help="Of an image.")
+@click.option("--out", type=PATH, default="recipe.toml", show_default=True, help="The recipe to write.")
+@click.option("--force", is_flag=True, help="Replace a recipe that is there.")
+@DEBUG
+def init(
+    model: str,
+    *,
+    weights: str | None,
+    calibration: str | None,
+    evaluation: str | None,
+    classes: int | None,
+    channels: int | None,
+    size: tuple[int, int] | None,
+    out: Path,
+    force: bool,
+    debug: bool,
+) -> None:
+    """Write a commented recipe for a MODEL after looking at it; nothing is run.
+
+    MODEL is torchvision:NAME, zoo:NAME or your own module:function, looked for beside the recipe.
+    """
+    from optpipe import beginning
+
+    asked = beginning.Asked(model, weights, calibration, evaluation, classes, channels, size)
+    click.echo(beginning.as_text(beginning.begin(asked, out, force=force)), nl=False)
 
 
 @cli.command()
@@ -217,8 +252,8 @@ def gate(
 
 
 @cli.command()
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), help="A folder for compare.md, .json and .svg.")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", type=PATH, help="A folder for compare.md, .json and .svg.")
 @click.option("--across-machines", is_flag=True, help="Show latencies of other machines too, marked.")
 @click.option("--across-models", is_flag=True, help="Show runs of other models too, marked.")
 @click.option("--across-images", is_flag=True, help="Show accuracies on other images too, marked.")

@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"recovery", "data", "models", "precision", "types", "errors"},
     # what a run leaves behind
     "report": {"files", "store", "types", "errors"},
+    "beginning": {"files", "plugins", "models", "data", "graph", "types", "errors"},
     "comparison": {"files", "report", "store", "types", "errors"},
     "deploy": {"files", "store", "data", "models", "graph", "types", "errors"},
     "optpipe": {"deploy"},
@@ -162,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
         "preparation",
         "recipe",
         "inspection",
+        "beginning",
         "comparison",
         "bench",
         "rebuild",

@@ -232,6 +232,7 @@ def test_no_command_shows_what_there_is(optpipe: Call) -> None:
     code, out, err = optpipe()
     assert code == 2
     for command in (
+        "init",
         "run",
         "inspect",
         "bench",
