@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from optpipe.report import html_tables, html_tradeoff, leakage, reliability
-from optpipe.report.html_parts import Entry, Sheet, figure, prose, sheet, table, text
+from optpipe.report.html_parts import Entry, Sheet, figure, prose, sheet, spread, table, text
 from optpipe.report.html_style import SCRIPT, STYLE
 from optpipe.report.schema import Report
 from optpipe.types import Budget, DeviceState, Figure, Tune
@@ -85,15 +85,15 @@ def _first_screen(report: Report, pictures: Pictures) -> str:
 
 
 def _asked(report: Report) -> str:
-    return f"<p>Asked: {text(_budget(report.budget.asked))}. {text(_why(report))}</p>"
+    return f"<p>Asked: {text(in_words(report.budget.asked))}. {text(_why(report))}</p>"
 
 
 def _why(report: Report) -> str:
     return report.reason if report.reason.endswith(".") else f"{report.reason}."
 
 
-def _budget(asked: Budget) -> str:
-    """The budget in words."""
+def in_words(asked: Budget) -> str:
+    """What a budget asks for."""
     if asked.latency_ms is not None:
         return f"a latency of at most {asked.latency_ms:g} ms"
     if asked.drop_blocks is not None:
@@ -111,12 +111,11 @@ def _cards(report: Report) -> str:
     original, result = report.original, report.result
     points = (result.quality.value - original.quality.value) * 100
     ratio, ci95 = result.latency.ratio_to_original, result.latency.ratio_ci95
-    low, high = result.quality.ci95
-    shown = f"{result.quality.value:.2%} ({low:.1%} to {high:.1%})"
+    shown = html_tables.accuracy(result.quality)
     cards: list[tuple[str, str, str]] = [(result.quality.metric, f"{points:+.2f} points", shown)]
     if ratio is not None and ci95 is not None:
-        spread = f"{ci95[0] - 1:+.1%} to {ci95[1] - 1:+.1%}"
-        cards.insert(0, ("latency", f"{ratio - 1:+.1%}", spread))
+        between = spread(f"{ci95[0] - 1:+.1%}", f"{ci95[1] - 1:+.1%}")
+        cards.insert(0, ("latency", f"{ratio - 1:+.1%}", between))
     if original.macs:
         cards.append(("MACs", f"{result.macs / original.macs - 1:+.1%}", f"{result.macs:,}"))
     if original.parameters:

@@ -13,6 +13,7 @@ from optpipe.types import Cell, Figure, Surface, Table
 
 _LONG = 40
 """From more characters than this a cell may take several lines, but no narrow ones."""
+_JOINED = "\u00a0"
 _TAG = re.compile(r"<[^>]*>")
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style\b.*?</style>", re.DOTALL)
 _PAPER = {"fill: #ffffff": "fill: var(--card)", "stroke: #ffffff": "stroke: var(--card)"}
@@ -44,7 +45,12 @@ class Sheet:
 
 def text(value: str) -> str:
     """Text as HTML that shows it as it is, in an element or a quoted attribute."""
-    return escape("".join(letter if letter.isprintable() else " " for letter in value))
+    return escape("".join(letter if letter.isprintable() or letter == _JOINED else " " for letter in value))
+
+
+def spread(low: str, high: str) -> str:
+    """An interval in words, on one line."""
+    return f"{low}{_JOINED}to{_JOINED}{high}"
 
 
 def prose(markdown: str) -> str:
@@ -56,7 +62,11 @@ def prose(markdown: str) -> str:
 
 def sheet(table: Table) -> Sheet:
     """A method's table: as many digits as the Markdown shows, sorted by all that there are."""
-    return Sheet(table.title, table.columns, tuple(tuple(map(_entry, row)) for row in table.rows))
+    # A method's own mistake, a row too long or short, must not cost a finished run its report.
+    width = max(len(table.columns), *map(len, table.rows)) if table.rows else len(table.columns)
+    columns = (*table.columns, *[""] * (width - len(table.columns)))
+    rows = tuple((*map(_entry, row), *[Entry()] * (width - len(row))) for row in table.rows)
+    return Sheet(table.title, columns, rows)
 
 
 def table(shown: Sheet, *, hidden_title: bool = False) -> str:

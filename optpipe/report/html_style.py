@@ -66,10 +66,9 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-top
 td { max-width: 44ch; }
 td.long, tbody th { min-width: 9rem; }
 td.long { min-width: 16rem; }
-.whole tbody th { min-width: 0; }
-.whole td, .number { white-space: nowrap; }
+td.number { white-space: nowrap; }
 @media (max-width: 40rem) {
-  .whole td { white-space: normal; }
+  .whole tbody th { min-width: 0; }
   .whole th, .whole td { padding: .3rem .35rem; }
 }
 thead th { position: sticky; top: 0; background: var(--shade); border-top: 0; vertical-align: bottom; }

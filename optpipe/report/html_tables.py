@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optpipe.report.html_parts import Entry, Sheet
+from optpipe.report.html_parts import Entry, Sheet, spread
 from optpipe.report.schema import PrecisionReport, Report
 from optpipe.types import Curve, Figure, Latency, Quality
 
@@ -185,7 +185,8 @@ def engines(report: Report) -> Sheet | None:
 
 def accuracy(quality: Quality) -> str:
     """A quality in percent with its interval."""
-    return f"{quality.value:.2%} ({quality.ci95[0]:.1%} to {quality.ci95[1]:.1%})"
+    low, high = quality.ci95
+    return f"{quality.value:.2%} ({spread(f'{low:.1%}', f'{high:.1%}')})"
 
 
 def change(latency: Latency) -> str:
@@ -193,7 +194,7 @@ def change(latency: Latency) -> str:
     if latency.ratio_to_original is None or latency.ratio_ci95 is None:
         return ""
     low, high = latency.ratio_ci95
-    return f"{latency.ratio_to_original - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
+    return f"{latency.ratio_to_original - 1:+.1%} ({spread(f'{low - 1:+.1%}', f'{high - 1:+.1%}')})"
 
 
 def _side(name: str, original: str, result: str, changed: str) -> tuple[Entry, ...]:

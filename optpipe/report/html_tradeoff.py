@@ -55,26 +55,28 @@ def figure(report: Report) -> Figure:
     """
     found = networks(report)
     placed = [one for one in found if one.quality is not None]
-    # Intervals of the few that are shipped can be told apart; those of all candidates could not.
-    lines = [curve for one in _shipped(report) for curve in _intervals(one)]
-    lines += _fronts(placed)
     dots = [
         Curve(look, tuple(one.left * 100 for one in mine), tuple(map(_accuracy, mine)), "dots")
         for look, mine in _by_look(placed)
     ]
-    heights = [y for curve in (*lines, *dots) for y in curve.y]
+    # Intervals of the few that are shipped can be told apart; those of all candidates could not.
+    bars = [curve for one in _shipped(report) for curve in _intervals(one)]
+    heights = [y for curve in (*bars, *dots) for y in curve.y]
     low, high = min(heights), max(heights)
+    guides = list(_fronts(placed))
     allowed = report.budget.asked.allowed_ratio(report.original.latency)
     if allowed is not None:
-        lines.append(_line("budget", [(allowed * 100, low), (allowed * 100, high)]))
+        guides.append(_line("budget", [(allowed * 100, low), (allowed * 100, high)]))
     floor = low - 0.06 * max(high - low, 0.1)
-    lines += [
+    timed = [
         _line("candidate, only timed", [(one.left * 100, floor), (one.left * 100, low)])
         for one in found
         if one.quality is None
     ]
+    # The order decides colours, markers and dashes: those that differ most for what matters most.
+    curves = (*dots[:2], *guides, *bars, *dots[2:], *timed)
     metric = report.original.quality.metric
-    return Figure(TITLE, "latency, % of the original's", f"{metric}, %", (*lines, *dots))
+    return Figure(TITLE, "latency, % of the original's", f"{metric}, %", curves)
 
 
 def size_figure(report: Report) -> Figure | None:
