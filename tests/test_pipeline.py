@@ -43,9 +43,9 @@ from optpipe.errors import RunError, UsageError
 from optpipe.methods import practise
 from optpipe.pipeline import engines
 from optpipe.pipeline.assembly import known_beforehand
-from optpipe.report import build
+from optpipe.report import build, limits
 from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
-from optpipe.types import DeviceState
+from optpipe.types import DeviceState, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
@@ -414,6 +414,13 @@ def test_a_recipe_that_was_changed_does_not_go_on_in_the_same_folder(copied: Pat
         UsageError, match=r"holds another run \(it differs in recover.steps: 10 there, 11 here"
     ):
         take(changed, copied)
+
+
+def test_the_gates_limits_may_change_for_a_finished_run(copied: Path, home: Path, finished: Ran) -> None:
+    assert limits.read(copied) == Limits()
+    limited = preparation.prepare(recipes.load(home / "small.toml", ["gate.min_latency_reduction=5"]))
+    assert take(limited, copied).report == finished.report
+    assert limits.read(copied) == Limits(min_latency_reduction=5.0)
 
 
 # ---------------------------------------------------------------- interrupted
