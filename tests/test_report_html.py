@@ -262,8 +262,8 @@ def test_fronts_join_what_was_measured_on_the_same_images_alone() -> None:
 def test_every_candidate_is_in_the_picture_and_the_chosen_one_apart() -> None:
     drawn = html_tradeoff.figure(full())
     curves = {curve.name: curve for curve in drawn.curves}
-    assert curves["candidate, on calibration images"].x == pytest.approx((80.0, 90.0))
-    assert curves["the chosen plan, before recovery, on calibration images"].y == pytest.approx((85.0,))
+    assert curves["candidate (calibration images)"].x == pytest.approx((80.0, 90.0))
+    assert curves["chosen, before recovery (calibration images)"].y == pytest.approx((85.0,))
     assert curves["result, fp32 (chosen)"].x == pytest.approx((75.0,))
     assert curves["candidate, only timed"].x == pytest.approx((95.0, 95.0))
     assert curves["budget"].x == pytest.approx((78.0, 78.0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from optpipe.report import html_tables, html_tradeoff, leakage, reliability
-from optpipe.report.html_parts import Entry, Sheet, figure, prose, sheet, spread, table, text
+from optpipe.report.html_parts import Entry, Sheet, figure, prose, sheet, spread, table, text, words
 from optpipe.report.html_style import SCRIPT, STYLE
 from optpipe.report.schema import Report
 from optpipe.types import Budget, DeviceState, Figure, Tune
@@ -85,11 +85,10 @@ def _first_screen(report: Report, pictures: Pictures) -> str:
 
 
 def _asked(report: Report) -> str:
-    return f"<p>Asked: {text(in_words(report.budget.asked))}. {text(_why(report))}</p>"
-
-
-def _why(report: Report) -> str:
-    return report.reason if report.reason.endswith(".") else f"{report.reason}."
+    return (
+        f"<p><strong>Asked:</strong> {text(in_words(report.budget.asked))}.<br>"
+        f"<strong>Why this plan:</strong> {text(report.reason)}.</p>"
+    )
 
 
 def in_words(asked: Budget) -> str:
@@ -122,7 +121,7 @@ def _cards(report: Report) -> str:
         changed = f"{result.parameters / original.parameters - 1:+.1%}"
         cards.append(("parameters", changed, f"{result.parameters:,}"))
     boxes = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(note)}</small></dd></div>"
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{words(note)}</small></dd></div>"
         for name, value, note in cards
     )
     return f'<dl class="figures">{boxes}</dl>'

@@ -14,6 +14,7 @@ from optpipe.types import Cell, Figure, Surface, Table
 _LONG = 40
 """From more characters than this a cell may take several lines, but no narrow ones."""
 _JOINED = "\u00a0"
+_INTERVAL = re.compile(rf"[^\s]+{_JOINED}to{_JOINED}[^\s]+")
 _TAG = re.compile(r"<[^>]*>")
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style\b.*?</style>", re.DOTALL)
 _PAPER = {"fill: #ffffff": "fill: var(--card)", "stroke: #ffffff": "stroke: var(--card)"}
@@ -48,8 +49,15 @@ def text(value: str) -> str:
     return escape("".join(letter if letter.isprintable() or letter == _JOINED else " " for letter in value))
 
 
+def words(value: str) -> str:
+    """Text as HTML, in which an interval stays on one line where there is room for it."""
+    return _INTERVAL.sub(
+        lambda found: f'<span class="interval">{found.group().replace(_JOINED, " ")}</span>', text(value)
+    )
+
+
 def spread(low: str, high: str) -> str:
-    """An interval in words, on one line."""
+    """An interval in words, which :func:`words` knows again."""
     return f"{low}{_JOINED}to{_JOINED}{high}"
 
 
@@ -146,7 +154,7 @@ def _row(row: Sequence[Entry], numeric: Sequence[bool]) -> str:
         sorted_by = "" if entry.value is None else f' data-value="{entry.value!r}"'
         look = ' class="long"' if len(entry.text) > _LONG and not right else _aligned(right)
         name, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
-        cells.append(f"<{name}{scope}{look}{sorted_by}>{text(entry.text)}</{name}>")
+        cells.append(f"<{name}{scope}{look}{sorted_by}>{words(entry.text)}</{name}>")
     return "".join(cells)
 
 

@@ -66,8 +66,10 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-top
 td { max-width: 44ch; }
 td.long, tbody th { min-width: 9rem; }
 td.long { min-width: 16rem; }
-td.number { white-space: nowrap; }
+td.number, .interval { white-space: nowrap; }
 @media (max-width: 40rem) {
+  .whole .interval { white-space: normal; }
+  .whole table { font-size: .8rem; }
   .whole tbody th { min-width: 0; }
   .whole th, .whole td { padding: .3rem .35rem; }
 }
@@ -83,7 +85,7 @@ th[aria-sort="descending"] button::after { content: " \\2193"; color: inherit; }
 figure { margin: 0 0 .8rem; min-width: 0; }
 figure svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; color: var(--ink); }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figure svg text { fill: currentColor; }
+figure svg { fill: currentColor; }
 details { margin: .4rem 0 .6rem; }
 summary { cursor: pointer; color: var(--link); font-size: .88rem; }
 @media print {

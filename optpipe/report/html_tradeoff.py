@@ -172,9 +172,9 @@ def _candidates(report: Report) -> Iterator[Network]:
     for one in report.candidates:
         look = "candidate"
         if one.chosen:
-            look = "the chosen plan, before recovery"
+            look = "chosen, before recovery"
         if one.quality is not None:
-            look += f", on {one.quality.split} images"
+            look += f" ({one.quality.split} images)"
         macs = one.macs / report.original.macs if report.original.macs else None
         yield Network(
             one.name, look, one.ratio, *one.ratio_ci95, one.median_ms, macs, one.quality, one.chosen
