@@ -109,8 +109,10 @@ def write(compared: Comparison, folder: Path) -> None:
     Raises:
         RunError: the folder cannot be written.
     """
+    differs = any(row.marks for row in compared.rows)
+    notes = ["of runs that differ: the table says in what"] if differs else []
     files.write_atomically(folder / "compare.json", as_json(compared))
-    files.write_atomically(folder / "compare.svg", figures.figure_svg(figure(compared)))
+    files.write_atomically(folder / "compare.svg", figures.figure_svg(figure(compared), notes=notes))
     picture = "![Accuracy over measured latency](compare.svg)"
     files.write_atomically(folder / "compare.md", f"{as_markdown(compared)}\n{picture}\n")
 
@@ -165,10 +167,8 @@ def figure(compared: Comparison) -> Figure:
     metrics = " or ".join(dict.fromkeys(row.result.quality.metric for row in rows))
     batch = ", ".join(dict.fromkeys(str(row.target.batch) for row in rows))
     x_label = "latency, % of the original's" if compared.by_ratio else f"latency, ms (batch {batch})"
-    title = "Accuracy over measured latency"
-    differs = any(row.marks for row in rows)
     return Figure(
-        f"{title} (runs that differ: see the table)" if differs else title,
+        "Accuracy over measured latency",
         x_label,
         f"{metrics} on the evaluation images, %",
         tuple(curves),
