@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from conftest import make_report
 
@@ -54,6 +55,17 @@ def test_it_is_never_wider_than_that_of_independent_samples() -> None:
         low, high = intervals.difference(top1(380, 423), top1(376, 423), most)
         alone = intervals.difference(top1(380, 423), top1(376, 423))
         assert alone[0] <= low < high <= alone[1]
+
+
+def test_it_holds_the_truth_at_least_as_often_as_it_says_from_disagreements_alone() -> None:
+    """Images that both have right, the first alone, the second alone, neither alike, neither differently."""
+    shares = (0.9, 0.03, 0.02, 0.03, 0.02)
+    covered, draws = 0, np.random.default_rng(0).multinomial(423, shares, size=1000)
+    for both, first, second, _, differently in draws.tolist():
+        most = first + second + differently
+        low, high = intervals.difference(top1(both + first, 423), top1(both + second, 423), most)
+        covered += low <= shares[1] - shares[2] <= high
+    assert 950 <= covered < 1000
 
 
 def test_swapping_the_two_mirrors_it() -> None:
