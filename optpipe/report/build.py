@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from optpipe import files, store
 from optpipe.errors import UsageError
-from optpipe.report import figures, markdown, schema
+from optpipe.report import figures, html, markdown, schema
 from optpipe.types import Budget, Latency, Plan
 
 
@@ -81,12 +81,13 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 
 
 def write(folder: Path, report: schema.Report) -> None:
-    """Write report.json, the figures, and report.md, which shows them."""
+    """Write report.json, the figures, report.md, which shows them, and report.html, which holds its own."""
     files.write_atomically(folder / "report.json", store.to_json(report))
     shown = markdown.all_figures(report)
     for figure, path in zip(shown, markdown.figure_paths(shown), strict=True):
         files.write_atomically(folder / path, figures.figure_svg(figure))
     files.write_atomically(folder / "report.md", markdown.render(report))
+    files.write_atomically(folder / "report.html", html.render(report))
 
 
 def read(run: Path) -> schema.Report:
