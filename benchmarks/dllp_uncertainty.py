@@ -219,7 +219,7 @@ def introduction(record: SeenRecord) -> list[str]:
         f"Asked of each run: {settings.budget}; {words}; {settings.epochs:g} epochs of {settings.images} images "
         f"(the paper: VGG-11, 60 of 50000). {every}. A smaller share is a part of every larger one. Two kinds of "
         f"members: {settings.draws} masks drawn from theta for each of the particles, with the weights at the end "
-        "of the gates' training; and the particles' own networks as they were cut and settled, which are two. "
+        "of the gates' training; and the particles' own networks as they were cut and settled, one each. "
         "1/d² is the mean squared residual of their mean prediction, at which the likelihood of Eq. 9 is greatest; "
         "entropies and information are in nats. The sharpened test images have passed a 3x3 Laplacian kernel; "
         "the radius of a Gaussian blur is in pixels, of images of 32."
