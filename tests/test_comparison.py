@@ -258,10 +258,12 @@ def test_a_run_without_a_report_is_refused(optpipe: Call, write_run: WriteRun, t
 
 def test_report_writes_what_is_lost_and_says_where(optpipe: Call, write_run: WriteRun) -> None:
     run = write_run("a")
+    before = (run / "report.json").read_bytes() + b" "
+    (run / "report.json").write_bytes(before)
     code, out, err = optpipe("report", run)
-    assert (code, err) == (0, "")
-    assert Path(out.strip()).parent == run
-    assert Path(out.strip()).is_file()
+    assert (code, out, err) == (0, f"{run}/report.html\n", "")
+    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+    assert (run / "report.json").read_bytes() == before, "what was measured stays as it was written"
     assert (run / "report.md").read_text(encoding="utf-8").startswith("# a: practise on zoo:resnet20_cifar\n")
 
 

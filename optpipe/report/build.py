@@ -81,8 +81,13 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 
 
 def write(folder: Path, report: schema.Report) -> None:
-    """Write report.json, the figures, report.md, which shows them, and report.html, which holds its own."""
+    """Write report.json and all that shows it."""
     files.write_atomically(folder / "report.json", store.to_json(report))
+    show(folder, report)
+
+
+def show(folder: Path, report: schema.Report) -> None:
+    """Write the figures, report.md, which shows them, and report.html, which holds its own."""
     shown = markdown.all_figures(report)
     for figure, path in zip(shown, markdown.figure_paths(shown), strict=True):
         files.write_atomically(folder / path, figures.figure_svg(figure))

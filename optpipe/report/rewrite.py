@@ -7,12 +7,9 @@ from pathlib import Path
 from optpipe.errors import UsageError
 from optpipe.report import build
 
-PAGES = ("report.html", "report.md")
-"""What shows a report, the one that a browser shows best first."""
-
 
 def rewrite(run: Path) -> Path:
-    """Write all that shows a finished run's report anew; where to look at it.
+    """Write all that shows a finished run's report anew, report.json left as it is; the page to look at.
 
     Raises:
         UsageError: the run has no report, or it is of another version.
@@ -22,5 +19,5 @@ def rewrite(run: Path) -> Path:
         raise UsageError(f"{run}: is no run; name its folder or the report.json in it")
     report = build.read(run)
     folder = run.parent if run.is_file() else run
-    build.write(folder, report)
-    return next(folder / name for name in PAGES if (folder / name).exists())
+    build.show(folder, report)
+    return folder / "report.html"
