@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from optpipe.onnx_export import Parity
 from optpipe.types import (
+    Candidate,
     Choice,
     EngineCount,
     Latency,
@@ -47,11 +48,12 @@ class Ingested:
 
 @dataclass(frozen=True, slots=True)
 class Analyzed:
-    """Where the search ended, and where its latencies came from."""
+    """Where the search ended, where its latencies came from, and every network that it timed."""
 
     choice: Choice
     engines: EngineCount
     seconds: float
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,21 @@ def test_a_trial_says_how_large_and_how_fast_a_candidate_is(
     assert (trial.quality, trial.distance) == (None, None)
 
 
+def test_every_plan_that_was_timed_is_a_candidate_with_its_quality_where_that_is_known(
+    shared: Path, tmp_path: Path, subject: lab.Subject
+) -> None:
+    bench = open_bench(store.Run(tmp_path, shared / "cache"), subject)
+    bench.ask(Ask(FIRST), Ask(OTHER), Ask(FIRST), Ask(SECOND, ("distance",)))
+    trained = bench.trained(Train(OTHER, Tune(steps=1, batch=8, loss="labels"), score=(0, 1, 2, 3)))
+    bench.lab.close()
+    one, other = bench.lab.candidates(OTHER)
+    assert (one.chosen, other.chosen) == (False, True)
+    assert one.ratio_ci95[0] <= one.ratio <= one.ratio_ci95[1]
+    assert one.quality is None
+    assert trained.quality is not None
+    assert other.quality == trained.quality
+
+
 def test_equal_structures_are_built_and_timed_once(first: tuple[Bench, list[Trial]], shared: Path) -> None:
     bench, (one, same, other) = first
     assert one.key != same.key

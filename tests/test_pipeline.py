@@ -194,6 +194,8 @@ def test_the_report_can_be_read_and_says_what_was_done(finished: Ran, setup: pre
     assert report.precisions[0].latency == report.result.latency
     assert report.engines is not None
     assert report.engines.candidates >= report.engines.structures > 0
+    assert [one.name for one in report.candidates if one.chosen] == ["without blocks.0 blocks.1"]
+    assert all(one.ratio_ci95[0] <= one.ratio <= one.ratio_ci95[1] for one in report.candidates)
     assert report.original.quality.metric == "top1"
     assert (report.original.quality.count, report.original.quality.split) == (24, "evaluation")
     assert report.result.agreement is not None

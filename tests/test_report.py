@@ -282,7 +282,7 @@ def test_figures_lie_beside_the_report_and_their_numbers_in_it(report: schema.Re
     whole = replace(report, figures=titled("Accuracy along depth", "Latency: w/r"))
     build.write(tmp_path, whole)
     drawn = ["figures/accuracy-along-depth.svg", "figures/latency-w-r.svg"]
-    assert files_in(tmp_path) == [*drawn, "report.json", "report.md"]
+    assert files_in(tmp_path) == [*drawn, "report.html", "report.json", "report.md"]
     assert "Latency: w/r" in (tmp_path / drawn[1]).read_text(encoding="utf-8")
     assert build.read(tmp_path) == whole
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -317,7 +317,7 @@ def test_a_report_from_before_there_were_figures_reads_and_renders_the_same(
     report: schema.Report, tmp_path: Path
 ) -> None:
     build.write(tmp_path, report)
-    assert files_in(tmp_path) == ["report.json", "report.md"]
+    assert files_in(tmp_path) == ["report.html", "report.json", "report.md"]
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert values.pop("figures") == []
     (tmp_path / "report.json").write_text(json.dumps(values), encoding="utf-8")
@@ -484,7 +484,7 @@ def test_the_reliability_diagram_is_drawn_below_its_table(report: schema.Report,
     build.write(tmp_path, whole)
     assert build.read(tmp_path) == whole
     name = "figures/reliability-how-sure-of-the-class-and-how-often-right.svg"
-    assert files_in(tmp_path) == ["figures/accuracy.svg", name, "report.json", "report.md"]
+    assert files_in(tmp_path) == ["figures/accuracy.svg", name, "report.html", "report.json", "report.md"]
     figure = reliability.figure(whole)
     assert figure is not None
     assert [(curve.name, curve.style, curve.x) for curve in figure.curves] == [

@@ -15,6 +15,7 @@ from optpipe.types import (
     Budget,
     Calibration,
     CalibrationBin,
+    Candidate,
     Curve,
     DeviceState,
     EngineCount,
@@ -79,14 +80,12 @@ def trusted(error: float = 0.05) -> Reliability:
     return Reliability(Calibration(error, bins), (Selective(0.0, 423, 0.9), Selective(0.05, 402, 0.925)))
 
 
-def candidate(
-    name: str, ratio: float, accuracy: float | None = None, *, chosen: bool = False
-) -> schema.Candidate:
+def candidate(name: str, ratio: float, accuracy: float | None = None, *, chosen: bool = False) -> Candidate:
     quality = None
     if accuracy is not None:
         quality = Quality("top1", accuracy, (accuracy - 0.01, accuracy + 0.01), 500, "calibration")
     interval = (ratio - 0.01, ratio + 0.01)
-    return schema.Candidate(name, 200_000, 30_000_000, 8 * ratio, ratio, interval, quality, chosen)
+    return Candidate(name, 200_000, 30_000_000, 8 * ratio, ratio, interval, quality, chosen)
 
 
 def full() -> schema.Report:

@@ -17,6 +17,7 @@ from optpipe.lab.teaching import teachers_of
 from optpipe.types import (
     Answer,
     Ask,
+    Candidate,
     Emit,
     EngineCount,
     Event,
@@ -89,6 +90,8 @@ class Lab:
         self._resolutions = Resolutions(subject.calibration)
         self._validation = None if subject.validation is None else Resolutions(subject.validation)
         self._engines = Engines(run, subject, self._resolutions, bench, clock, epoch, emit)
+        self._timed: dict[Plan, Trial] = {}
+        self._scores: dict[Plan, Quality] = {}
 
     def close(self) -> None:
         """Release the baseline's engine."""
@@ -98,6 +101,16 @@ class Lab:
     def engines(self) -> EngineCount:
         """Where the latencies answered so far came from; the same after a replay."""
         return self._engines.count
+
+    def candidates(self, chosen: Plan) -> tuple[Candidate, ...]:
+        """Every plan whose latency was asked for, once, in that order; the same after a replay.
+
+        With its quality as it was last measured, by the trial or by a training of the same plan.
+        """
+        return tuple(
+            _candidate(plan, trial, self._scores.get(plan), chosen=plan == chosen)
+            for plan, trial in self._timed.items()
+        )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, from the store where they are there."""
@@ -117,9 +130,17 @@ class Lab:
                 answer, origin = self._trial(request)
                 name = plan_name(request.plan)
             answers.append(answer)
+            self._remember(request, answer)
             key = (("key", answer.key),)
             self._emit(Event("trial", name, origin, number, len(requests), watch.seconds, key))
         return answers
+
+    def _remember(self, request: Request, answer: Answer) -> None:
+        """Keep what the report shows of a candidate."""
+        if isinstance(answer, Trial) and answer.latency is not None:
+            self._timed[answer.ask.plan] = answer
+        if isinstance(request, Ask | Train) and isinstance(answer, Trial | Trained) and answer.quality:
+            self._scores[request.plan] = answer.quality
 
     # ------------------------------------------------------------ steps
 
@@ -337,3 +358,19 @@ class Lab:
             candidate = graph.fold(candidate)
         store.save_tensors(folder / store.WEIGHTS, candidate.state_dict())
         return candidate
+
+
+def _candidate(plan: Plan, trial: Trial, measured: Quality | None, *, chosen: bool) -> Candidate:
+    latency = trial.latency
+    # Candidates are never timed but beside the original.
+    assert latency is not None and latency.ratio_to_original is not None and latency.ratio_ci95 is not None
+    return Candidate(
+        name=plan_name(plan),
+        parameters=trial.parameters,
+        macs=trial.macs,
+        median_ms=latency.median_ms,
+        ratio=latency.ratio_to_original,
+        ratio_ci95=latency.ratio_ci95,
+        quality=measured,
+        chosen=chosen,
+    )

@@ -71,6 +71,7 @@ def assemble(
         figures=(*choice.figures, *(drawn.figures if drawn else ())),
         ensemble=_ensemble(results),
         leakage=leaked,
+        candidates=results.analyze.candidates,
     )
 
 

@@ -98,7 +98,7 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
                 "alone, and an ensemble takes several; set it to false, or search with a method that samples "
                 "networks"
             )
-        return Analyzed(choice, lab.engines, 0.0)
+        return Analyzed(choice, lab.engines, 0.0, lab.candidates(choice.plan))
     finally:
         lab.close()
 

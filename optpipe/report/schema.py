@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from optpipe.types import (
     Budget,
+    Candidate,
     EngineCount,
     Figure,
     Latency,
@@ -179,24 +180,6 @@ class LeakageReport:
     control: Interval
     doubling: Interval
     halves: HalvesReport | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A network that the search built and timed beside the original, as it was before any recovery.
-
-    ``ratio`` is the median of paired ratios to the original's latency, ``ratio_ci95`` its interval.
-    ``quality`` is None where the search measured none; its ``split`` says on which images it did.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-    median_ms: float
-    ratio: float
-    ratio_ci95: tuple[float, float]
-    quality: Quality | None = None
-    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

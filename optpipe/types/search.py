@@ -95,6 +95,24 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A network that the search built and timed beside the original, before the recovery of what is shipped.
+
+    ``ratio`` is the median of paired ratios to the original's latency, ``ratio_ci95`` its interval.
+    ``quality`` is None where the search measured none; its ``split`` says on which images it did.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    median_ms: float
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    quality: Quality | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Slow work inside a search that is no candidate: a pure function, its result stored under a key.
 
