@@ -50,11 +50,15 @@ EPISTEMIC = (
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """How far a measure of some members goes with what it ought to rise with: Spearman of each seed."""
+    """How far a measure of some members goes with what it ought to rise with: Spearman of each seed.
+
+    ``of_mean`` is that of the measure averaged over the seeds, None where it has none.
+    """
 
     members: str
     measure: str
     by_seed: dict[int, float]
+    of_mean: float | None
 
     @property
     def mean(self) -> float:
@@ -68,7 +72,8 @@ class Trend:
 
     def __str__(self) -> str:
         seeds = ", ".join(f"seed {seed} {value:.2f}" for seed, value in sorted(self.by_seed.items()))
-        return f"{self.measure} {self.mean:.2f} ({seeds})"
+        together = "" if self.of_mean is None else f"; of the mean over seeds {self.of_mean:.2f}"
+        return f"{self.measure} {self.mean:.2f} ({seeds}{together})"
 
 
 def name_of(share: int) -> str:
@@ -142,10 +147,12 @@ def trends(rows: Sequence[Seen], measures: Sequence[Measure], over: Over) -> lis
     found = []
     for members in MEMBERS:
         for measure in measures:
-            each = {seed: spearman(values) for seed, values in over(rows, members, measure).items()}
+            series = over(rows, members, measure)
+            each = {seed: spearman(values) for seed, values in series.items()}
             known = {seed: value for seed, value in each.items() if value is not None}
             if known:
-                found.append(Trend(members, measure.name, known))
+                averaged = [statistics.mean(values) for values in zip(*series.values(), strict=True)]
+                found.append(Trend(members, measure.name, known, spearman(averaged)))
     return found
 
 
