@@ -422,8 +422,8 @@ def test_epistemic_uncertainty_that_falls_with_images_has_a_spearman_of_one() ->
     assert (information.measure, variance.measure) == ("mutual information", "variance over members")
     assert seen.verdict([information, variance], "It falls") == (
         "It falls, Spearman at least 0.9 averaged over seeds: by sampled masks true: mutual information 0.95 "
-        "(seed 0 1.00, seed 1 0.90; of the mean over seeds 1.00), variance over members 0.95 (seed 0 1.00, seed 1 "
-        "0.90; of the mean over seeds 1.00)."
+        "(seed 0 1.00, seed 1 0.90; of the mean over seeds 1.00), variance over members 0.95 (seed 0 1.00, "
+        "seed 1 0.90; of the mean over seeds 1.00)."
     )
 
 
@@ -459,7 +459,7 @@ def test_the_whole_shows_both_measures_and_figures_are_over_their_base() -> None
     made = [*shares(FALLING, 0), *shares(SWAPPED, 1)]
     text = seen.markdown(seen_record(made))
     assert "- Aleatoric uncertainty rises from sharpened to blurred: not decided" in text
-    assert "| sampled masks | 1840 (40%) | 10.5000 ± 2.1213 | 14.0000 ± 2.8284 |" in text
+    assert "| sampled masks | 1840 (40%) | 10.8000 ± 1.6971 | 14.4000 ± 2.2627 |" in text
     assert "All shares are trained for the same number of steps" in text
     drawn = seen.figures(seen_record(made))
     assert list(drawn) == ["epistemic"] and "<svg" in drawn["epistemic"]
