@@ -17,22 +17,13 @@ compared need their channels: with "residual" the streams that are to be narrowe
 
 from __future__ import annotations
 
+from optpipe.methods._mimicry import MIMIC
 from optpipe.methods.filters.config import Config
 from optpipe.methods.filters.limits import check
 from optpipe.methods.filters.selection import search
-from optpipe.types import Tune
 
 __all__ = ["NEEDS_LABELS", "RECOVER", "Config", "check", "search"]
 
 NEEDS_LABELS = False
 
-RECOVER = Tune(
-    steps=1200,
-    lr=0.1,
-    nesterov=True,
-    schedule="cosine",
-    warmup=0.05,
-    stage_weight=1.0,
-    augment="shift_cutmix",
-    autocast="auto",
-)
+RECOVER = MIMIC
