@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from optpipe import __version__, plugins
+from optpipe import plugins
 from optpipe.errors import OptpipeError
 from optpipe.report.schema import EnvironmentReport
 from optpipe.types import Fingerprint, Target
+from optpipe.version import __version__
 
 NVIDIA = "pip install 'optpipe[nvidia]'"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy", "torch-pruning")

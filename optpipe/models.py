@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 RANDOM_WEIGHTS_SEED = 0
+LIVE = "live"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Which network, and with which weights.
 
-    ``name`` is "torchvision:resnet34", "zoo:resnet56_cifar" or "package.module:function".
+    ``name`` is "torchvision:resnet34", "zoo:resnet56_cifar" or "package.module:function"; "live:ResNet"
+    stands for a module that a program handed over, and that no name makes again.
     ``weights`` is a file (.safetensors, .pth, .pt) or, for torchvision, a name such as "IMAGENET1K_V1";
     without it, or with "random", the weights are random, the same ones each time.
     ``classes`` and ``in_channels`` are passed on to the network where they are given.
@@ -161,6 +163,12 @@ def _build(spec: ModelSpec, search_folder: Path) -> nn.Module:
         raise UsageError(
             f"model '{spec.name}' is not of the form 'torchvision:NAME', 'zoo:NAME' or 'module:function'"
             + _nearest(spec.name, [*zoo.architectures(), *_torchvision_names()])
+        )
+    if source == LIVE:
+        raise UsageError(
+            f"model '{spec.name}' was a live module, which no name makes again: give one of its "
+            "architecture, optpipe.load(run, model=module), or make the run anew with "
+            "optpipe.optimize(..., architecture=NAME)"
         )
     if source == "zoo":
         return zoo.build(name, **given)

@@ -13,7 +13,7 @@ from optpipe.errors import UsageError
 from optpipe.types import Backend, Method, ModelGraph, Plan, Precision, Target, Tune
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import fx, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,10 @@ class Resolved:
         return self.shape[1], self.shape[2]
 
 
-def prepare(recipe: recipes.Recipe) -> Setup:
+def prepare(recipe: recipes.Recipe, module: nn.Module | None = None) -> Setup:
     """Load what a recipe names and check that it fits together, before anything is written.
+
+    ``module`` is the network itself, in eval mode on the CPU, where the recipe's name makes none.
 
     Raises:
         UsageError: something in the recipe, the model or the images does not fit.
@@ -135,7 +137,7 @@ def prepare(recipe: recipes.Recipe) -> Setup:
     recover = recipes.recovery(_recovery_of(recipe, method), recipe.recover, recipe.path)
     device = tune.training_device(recipe.target.device)
     recover = tune.on_this_machine(recover, device)
-    model = models.load_model(recipe.model, recipe.folder)
+    model = models.load_model(recipe.model, recipe.folder) if module is None else module
     channels = models.input_channels(model)
     prepared = recipe.data.preprocess
     made = recipe.data.synthesize is not None

@@ -37,10 +37,12 @@ RawTable = Mapping[str, Value]
 class DataTable:
     """Where images come from and how they are prepared.
 
-    ``evaluation`` must be there: it is never trained on, and an accuracy measured on calibration images
-    would flatter the result. ``validation`` is what a search may learn accuracy from, by itself disjoint from
-    both; without it a search learns from calibration images, which the original may know by heart.
-    ``synthesize`` says how calibration images of source "synthesize" are made; None for all others.
+    ``calibration`` is what searches and recoveries learn from: 50 to 1000 images for those without labels.
+    ``evaluation`` must be there: it is never trained on, and an accuracy measured on calibration images would
+    flatter the result. ``preprocess`` holds for all of them. ``validation`` is what a search may learn
+    accuracy from, by itself disjoint from both; without it a search learns from calibration images, which the
+    original may know by heart. ``synthesize`` says how calibration images of source "synthesize" are made;
+    None for all others.
     """
 
     calibration: DataSpec
@@ -52,7 +54,10 @@ class DataTable:
 
 @dataclass(frozen=True, slots=True)
 class TargetTable:
-    """The engine and the device. ``threads`` defaults to all cores.
+    """The engine and the device.
+
+    ``batch`` images go into an engine at once. ``device`` is "cpu" or "cuda", which ``--gpu`` sets.
+    ``threads`` are those of a CPU, by default as many as it has cores.
 
     ``backend`` names one, or is "auto": onnxruntime on a CPU, on a GPU the first of tensorrt, onnxruntime
     and inductor that loads; or "fastest": every one that loads is built and timed, the fastest is taken.
@@ -72,9 +77,9 @@ class TargetTable:
 class ExportTable:
     """The precisions in which the result is shipped, scored and timed, beside the target's own.
 
-    By default all that the backend runs. ``quantize`` says how ranges and layers are chosen for int8. With
-    ``uncertainty`` the networks that the search leaves beside the chosen one are shipped with it as an
-    ensemble that says how far each of its answers can be trusted.
+    ``precisions`` are by default all that the backend runs. ``quantize`` says how ranges and layers are
+    chosen for int8. With ``uncertainty`` the networks that the search leaves beside the chosen one are
+    shipped with it as an ensemble that says how far each of its answers can be trusted.
     """
 
     precisions: tuple[Precision, ...] | None = None
@@ -84,9 +89,10 @@ class ExportTable:
 
 @dataclass(frozen=True, slots=True)
 class TimingTable:
-    """When a measurement ends: at ``tolerance`` or after ``budget_s``, whichever is first.
+    """When a measurement ends: at its tolerance or after its time, whichever is first.
 
-    ``tolerance`` is the half-width of the 95% interval of the ratio to the original.
+    ``tolerance`` is the half-width of the 95% interval of the ratio to the original. ``budget_s`` (in
+    seconds) is for each candidate of a search, ``final_budget_s`` for each engine of the final benchmark.
     ``drift`` is how far (as a fraction) the original's own latency may have moved when a run is resumed
     before this run's latencies are taken afresh.
     """
@@ -110,7 +116,12 @@ class ReportTable:
 
 @dataclass(frozen=True, slots=True)
 class RunTable:
-    """The run's name (its folder under ``runs/``) and its seed; ``cache`` reuses trials of other runs."""
+    """The run itself.
+
+    ``name`` is that of its folder under ``runs/``. ``seed`` decides all that is drawn. ``cache`` reuses
+    latencies that other runs in the same parent folder measured. ``checkpoint_every`` so many steps a
+    training is stored, to go on from there when it is interrupted.
+    """
 
     name: str
     seed: int = 0
@@ -194,6 +205,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not valid TOML: {error}") from None
+    return from_tables(raw, path, overrides)
+
+
+def from_tables(raw: dict[str, typing.Any], path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A checked recipe of its tables, which are taken over; relative paths start in ``path``'s folder.
+
+    ``path`` names the recipe in messages and, unless ``[run] name`` does, its run; one in angle brackets is
+    no file, and the run has its method's name.
+
+    Raises:
+        UsageError: as :func:`load`.
+    """
     if isinstance(raw.get("recover"), str):
         raw["recover"] = {"name": raw["recover"]}
     for override in overrides:
@@ -222,7 +245,7 @@ def _build(path: Path, raw: Mapping[str, RawTable]) -> Recipe:
             f"{path}: [recover] name = {json.dumps(recover_name, default=str)}: must name a method, for "
             'example name = "ekg"'
         )
-    run = {"name": path.stem, **raw.get("run", {})}
+    run = {"name": method_name if path.name.startswith("<") else path.stem, **raw.get("run", {})}
     recipe = Recipe(
         path=path,
         model=bind(ModelSpec, raw["model"], path, "model"),

@@ -5,7 +5,7 @@ Importing this room is light: torch and Pillow come in only when images are load
 
 from optpipe.data.preparing import CROP_RATIO, Labels, Pixels, Preprocess, at_size, network_input, resize
 from optpipe.data.sets import ImageSet, check_classes, load_images, overlap, part, resized
-from optpipe.data.sources import IMAGE_SUFFIXES, DataSpec
+from optpipe.data.sources import IMAGE_SUFFIXES, DataSpec, open_source
 from optpipe.data.synthesized import SYNTHESIZE, SYNTHESIZED, awaited, check_synthesis, labelled, made
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load_images",
     "made",
     "network_input",
+    "open_source",
     "overlap",
     "part",
     "resize",

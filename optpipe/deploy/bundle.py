@@ -132,14 +132,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files.write_atomically(folder / MANIFEST, store.to_json(manifest))
 
 
-def load(run: str | Path) -> nn.Module:
+def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The optimized network of a finished run, in eval mode with its recovered weights.
 
     ``run`` is the run's folder or its ``deploy`` folder. The network takes images of the plan's resolution,
-    which may be below the original's: :func:`preprocess` prepares them.
+    which may be below the original's: :func:`preprocess` prepares them. ``model`` is the original
+    architecture where its name does not make it; it is left as it is.
 
     Raises:
-        UsageError: there is no finished run, or a file is not what the manifest says.
+        UsageError: there is no finished run, a file is not what the manifest says, or the architecture is
+            needed, or is another.
     """
     import torch
 
@@ -152,8 +154,12 @@ def load(run: str | Path) -> nn.Module:
     saved = store.from_json(Saved, (folder / "plan.json").read_bytes())
     # Which channels go together is read off gradients; a caller may have switched them off.
     with torch.inference_mode(mode=False), torch.enable_grad():
-        original = models.load_model(saved.model, Path(saved.search_folder))
-        candidate = graph.apply(original, saved.plan, saved.input_shape)
+        original = model
+        if original is None:
+            original = models.load_model(saved.model, Path(saved.search_folder))
+        # A network that a program handed over may lie on another device.
+        traced = graph.trace(original, saved.input_shape).cpu()
+        candidate = graph.apply(traced, saved.plan, saved.input_shape)
         store.load_tensors(candidate, folder / "model.safetensors")
     return candidate.eval()
 
