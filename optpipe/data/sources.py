@@ -22,12 +22,15 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
-    """Which images: ``[skip : skip + count]`` of a permutation of ``source`` that ``seed`` decides.
+    """Which images of a source.
 
     ``source`` is a folder of images, an .npz file with ``images`` and perhaps ``labels``, or a
-    "package.module:function" that returns (uint8 images (N, H, W, C), labels or None). Subsets of one
-    source with the same seed are disjoint where their ranges are. ``labels = False`` leaves labels out.
-    Calibration images of source "synthesize" are made from the network by the run.
+    "package.module:function" that returns (uint8 images (N, H, W, C), labels or None). Calibration images of
+    ``source`` "synthesize" are made from the network by the run. ``labels`` false leaves labels out.
+
+    The images are ``[skip : skip + count]`` of a permutation of the source that ``seed`` decides, all without
+    a ``count``; subsets of one source with the same ``seed`` are disjoint where the ranges of ``skip`` and
+    ``count`` are.
     """
 
     source: str

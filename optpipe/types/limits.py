@@ -15,9 +15,10 @@ class Limits:
     """What a finished run must keep; None is no limit.
 
     Accuracies in percentage points, all else in percent: 1.0 is one point or one percent, never all of it.
-    ``max_accuracy_drop`` and ``min_latency_reduction`` are against the original, the two regressions against
-    the run that ``--baseline`` names (0 where they are left out). With ``strict`` the measured value itself
-    must keep a limit; without, a run fails only where its 95% interval lies wholly beyond.
+    ``max_accuracy_drop`` and ``min_latency_reduction`` are against the original. ``min_agreement`` is the
+    share of images that keep the original's class. ``max_accuracy_regression`` and ``max_latency_regression``
+    are against the run that ``--baseline`` names (0 where they are left out). With ``strict`` the measured
+    value itself must keep a limit; without, a run fails only where its 95% interval lies wholly beyond.
     """
 
     max_accuracy_drop: float | None = None

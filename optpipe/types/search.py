@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 class Tune:
     """How to train a candidate.
 
+    ``steps`` are how many batches; ``epochs``, where it is given, decides them. ``batch`` is images in a
+    batch. ``optimizer`` is "sgd" or "adamw". ``lr`` is the highest rate. ``momentum`` is SGD's, Nesterov's
+    with ``nesterov``. ``weight_decay`` is that of all weights.
+
     ``loss``: "mimic" compares its features with the original's (MiR; PRACTISE, Eq. 34), "kd" its logits with
     the original's on the same views at ``temperature`` (Hinton et al., 2015), "cross" both, the original's
     features going through the student's classifier too (``optpipe.losses.cross_distillation``); none of these
@@ -25,11 +29,14 @@ class Tune:
     back propagation that PRACTISE's tables call BP.
 
     ``trainable``: "adaptors" trains only the 1x1 adaptors around the dropped blocks, "backbone" everything
-    but the classifier, "all" everything. ``schedule``: "step" multiplies the rate by 0.1 after every 40% of
-    the steps, "milestones" by ``decay`` at each of the shares ``milestones`` of them, "cosine" anneals it to
-    0; all rise linearly over the share ``warmup`` of the steps. ``epochs``, where it is given, decides the
-    steps. ``stage_weight`` adds the error of each stage's output to that of the features, where features are
-    compared. ``autocast``: "auto" computes in bfloat16 where the processor does so natively.
+    but the classifier, "all" everything. ``batch_norm`` "train" normalises with each batch's statistics and
+    learns the running ones anew, "eval" leaves them as they are. ``schedule``: "step" multiplies the rate by
+    0.1 after every 40% of the steps, "milestones" by ``decay`` at each of the shares ``milestones`` of them,
+    "cosine" anneals it to 0; all rise linearly over the share ``warmup`` of the steps. ``stage_weight`` adds
+    the error of each stage's output to that of the features, where features are compared. ``augment``:
+    "resized_crop" and a flip, as the others have too; "shift" by up to an eighth of the size, "shift_color"
+    with other colours, "shift_cutmix" with parts of other images; "none" takes images as they are.
+    ``autocast``: "auto" computes in bfloat16 where the processor does so natively.
 
     With ``loss = "labels"``, each of ``views`` random views of an image adds its cross-entropy and, with
     ``teachers``, the divergence from them at ``temperature`` (EKG, Eq. 12): "single" is the original,
@@ -313,9 +320,10 @@ Search = Generator[Sequence[Request], Sequence[Answer], Choice]
 class Budget:
     """What the result must meet; exactly one field is set.
 
-    ``latency_reduction`` is a fraction of the original's latency, ``latency_ms`` an absolute time;
-    ``macs_reduction`` and ``parameters_reduction`` are fractions of the original's; ``sparsity`` is the share
-    of the weights of convolutions and linear layers that is zero.
+    ``latency_reduction`` is a fraction of the original's latency. ``latency_ms`` is an absolute time of a
+    batch. ``macs_reduction`` and ``parameters_reduction`` are fractions of the original's. ``sparsity`` is
+    the share of the weights of convolutions and linear layers that is zero. ``drop_blocks`` is a number of
+    blocks.
     """
 
     latency_reduction: float | None = None

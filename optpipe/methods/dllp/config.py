@@ -18,7 +18,8 @@ class Config:
     their weights' size instead, and trains what is left for as long. ``start``: "pretrained" begins with the
     model's weights, "scratch" with new ones.
 
-    ``epochs`` of batches of ``batch`` at a rate that falls from ``lr`` to 0 along a cosine; the last share
+    ``epochs`` of batches of ``batch`` at a rate that falls from ``lr`` to 0 along a cosine, by SGD with
+    ``momentum``. ``augment`` and ``autocast`` are as in ``[recover]``. The last share
     ``settle`` of them trains the units that stay, their masks fixed: the limit of temperature zero. 0 ends
     with the last sampled masks, as the paper does.
 
