@@ -344,6 +344,7 @@ def beside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_example_of_the_docstring_runs(beside_the_data: Callable[[], None]) -> None:
     beside_the_data()
     found = doctest.testmod(optimizing)
