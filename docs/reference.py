@@ -7,11 +7,9 @@ in the same paragraph and name no other. A key of which nothing is said is an er
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -69,17 +67,9 @@ class UnexplainedError(Exception):
 
 
 def main() -> None:
-    """Write the page, or say that it is up to date; ``--check`` writes nothing and fails where it is not."""
-    text = render()
-    there = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if text == there:
-        print(f"{PAGE}: is up to date")
-    elif "--check" in sys.argv[1:]:
-        print("".join(difflib.unified_diff(there.splitlines(True), text.splitlines(True), n=0)))
-        sys.exit(f"{PAGE}: is not what the code says; run python -m docs.reference")
-    else:
-        PAGE.write_text(text, encoding="utf-8")
-        print(f"{PAGE}: written")
+    """Write the page."""
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"{PAGE}: written")
 
 
 def render() -> str:

@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from conftest import Call, make_report
 import optpipe as package
 from benchmarks import dllp, ekg, practise, three_d
 from docs import reference
-from optpipe import cli, files, store
+from optpipe import cli, files, plugins, store
+from optpipe import recipe as recipes
+from optpipe.types import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -252,6 +255,23 @@ def test_a_key_of_which_nothing_is_said_is_an_error() -> None:
         reference.explained(Table)
 
 
+def blocks(path: Path, language: str) -> list[str]:
+    pattern = rf"^```{language}[^\n]*\n(.*?)^```$"
+    return re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipes_on_the_pages_are_ones_that_are_taken() -> None:
+    (shown,) = blocks(ROOT / "README.md", "toml")
+    commented = shown.replace("# validation =", "validation =")
+    for text in (shown, commented, *blocks(ROOT / "docs" / "recipes.md", "toml")):
+        loaded = recipes.from_tables(tomllib.loads(text), ROOT / "shown.toml")
+        assert plugins.method(loaded.method_name)
+        recipes.bind(plugins.method(loaded.method_name).Config, loaded.method, loaded.path, "method")
+    (limits,) = blocks(ROOT / "docs" / "ci.md", "toml")
+    table = tomllib.loads(limits)["gate"]
+    assert recipes.bind(Limits, table, ROOT / "shown.toml", "gate") == Limits(1.0, None, 20.0)
+
+
 def anchors(path: Path) -> set[str]:
     """GitHub's anchors of a page's headings."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -299,9 +319,7 @@ def test_the_picture_is_small_and_of_the_size_that_a_page_takes() -> None:
 
 # ---------------------------------------------------------------- Python
 
-PYTHON = "\n".join(
-    re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
-)
+PYTHON = "\n".join(blocks(ROOT / "docs" / "python.md", "python"))
 
 
 def test_the_calls_of_the_page_are_ones_that_the_package_takes() -> None:
