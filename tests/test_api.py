@@ -304,6 +304,20 @@ def test_a_module_of_another_precision_is_refused(tmp_path: Path) -> None:
         optimize(Net(4).half(), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "model is a NoneType; give a torch.nn.Module, or the name of a network"),
+        (nn.DataParallel(Net(4)), r"model is a DataParallel; give the network in it: model\.module"),
+        (torch.compile(Net(4)), r"model is a OptimizedModule; .*: model\._orig_mod"),
+    ],
+    ids=["none", "parallel", "compiled"],
+)
+def test_what_is_no_bare_network_is_refused(tmp_path: Path, model: Any, message: str) -> None:
+    with pytest.raises(optpipe.UsageError, match=message):
+        optimize(model, tmp_path / "run")
+
+
 def test_a_name_takes_no_architecture(tmp_path: Path) -> None:
     with pytest.raises(optpipe.UsageError, match=r'model = "test_api:make" is a name already'):
         optimize("test_api:make", tmp_path / "run", architecture="test_api:make")

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 Images = NDArray[np.uint8] | str | Path
 Labels = NDArray[np.integer] | Sequence[int]
 
+WRAPPERS = {
+    "DataParallel": "model.module",
+    "DistributedDataParallel": "model.module",
+    "OptimizedModule": "model._orig_mod",
+}
+"""Modules that hold a network and cannot be traced, and how to have what they hold."""
+
 TOLERANCE = 1e-4
 """How far, as a share of the largest, logits of one network computed in two ways may be apart."""
 
@@ -84,8 +91,15 @@ def copied(module: nn.Module) -> nn.Module:
     """A copy of a program's network, on the CPU and in eval mode.
 
     Raises:
-        UsageError: its weights are not fp32.
+        UsageError: it is no network, one in a wrapper, or its weights are not fp32.
     """
+    from torch import nn
+
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"model is a {kind}; give a torch.nn.Module, or the name of a network")
+    if kind in WRAPPERS:
+        raise UsageError(f"model is a {kind}; give the network in it: {WRAPPERS[kind]}")
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and str(tensor.dtype) != "torch.float32":
             raise UsageError(

@@ -152,7 +152,8 @@ def optimize(
     if module is not None:
         recipe = replace(recipe, model=replace(recipe.model, weights=inputs.written_weights(beside, module)))
     if held_out:
-        images = _split(images, module or models.load_model(recipe.model, recipe.folder), recipe.folder)
+        network = models.load_model(recipe.model, recipe.folder) if module is None else module
+        images = _split(images, network, recipe.folder)
     live = architecture is None and module is not None
     setup = preparation.prepare(replace(recipe, data=images), module if live else None)
     if module is not None and architecture is not None:
