@@ -160,7 +160,7 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "errors"),
     },
     "optpipe": {"api", "deploy", "version", "errors"},
-    "console": {"types"},
+    "console": {"store", "types"},
     "cli": {
         "files",
         "optpipe",

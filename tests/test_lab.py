@@ -492,6 +492,22 @@ def test_driving_a_search_sends_answers_in_the_order_of_the_requests(
         ("one", 2, 3),
         ("without same.0", 3, 3),
     ]
+    begun = [event for event in bench.events if event.kind == "begin"]
+    assert [(event.name, event.done, event.total) for event in begun] == [
+        (event.name, event.done, event.total) for event in trials
+    ]
+    assert isinstance(one, Trial)
+    latency = one.latency
+    assert latency is not None
+    assert latency.ratio_ci95 is not None
+    low, high = latency.ratio_ci95
+    assert trials[2].fields == (
+        ("key", one.key),
+        ("ratio", latency.ratio_to_original),
+        ("ratio_low", low),
+        ("ratio_high", high),
+    )
+    assert trials[1].fields == (("key", step.key),), "a step has no latency"
 
 
 def test_of_narrowed_candidates_only_the_first_is_exported(

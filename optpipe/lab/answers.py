@@ -18,6 +18,7 @@ from optpipe.types import (
     Answer,
     Ask,
     Candidate,
+    Cell,
     Emit,
     EngineCount,
     Event,
@@ -117,22 +118,24 @@ class Lab:
         answers: list[Answer] = []
         for number, request in enumerate(requests, start=1):
             watch = timing.Stopwatch()
+            name = _name(request)
+            self._emit(Event("begin", name, "", number, len(requests)))
             if isinstance(request, Step):
                 answer, origin = self._step(request)
-                name = request.name
             elif isinstance(request, Train):
                 answer, origin = self._train(request)
-                name = f"trained {plan_name(request.plan)}"
             elif isinstance(request, Fit):
                 answer, origin = self._fit(request)
-                name = request.name
             else:
                 answer, origin = self._trial(request)
-                name = plan_name(request.plan)
             answers.append(answer)
             self._remember(request, answer)
-            key = (("key", answer.key),)
-            self._emit(Event("trial", name, origin, number, len(requests), watch.seconds, key))
+            latency = answer.latency if isinstance(answer, Trial) else None
+            fields: tuple[tuple[str, Cell], ...] = (
+                ("key", answer.key),
+                *(() if latency is None else latency.fields),
+            )
+            self._emit(Event("trial", name, origin, number, len(requests), watch.seconds, fields))
         return answers
 
     def _remember(self, request: Request, answer: Answer) -> None:
@@ -358,6 +361,13 @@ class Lab:
             candidate = graph.fold(candidate)
         store.save_tensors(folder / store.WEIGHTS, candidate.state_dict())
         return candidate
+
+
+def _name(request: Request) -> str:
+    """What the console calls a request."""
+    if isinstance(request, Step | Fit):
+        return request.name
+    return f"trained {plan_name(request.plan)}" if isinstance(request, Train) else plan_name(request.plan)
 
 
 def _candidate(plan: Plan, trial: Trial, measured: Quality | None, *, chosen: bool) -> Candidate:

@@ -59,7 +59,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         final = stages.take(
             "benchmark",
             Benchmarked,
-            lambda: benchmark(setup, opened, ingested, analyzed.choice, exported),
+            lambda: benchmark(setup, opened, ingested, analyzed.choice, exported, tell),
         )
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
         # What is reused may have been measured elsewhere than here.

@@ -134,7 +134,7 @@ def _ship(
 
 
 def benchmark(
-    setup: Setup, opened: store.Run, ingested: Ingested, choice: Choice, exported: Exported
+    setup: Setup, opened: store.Run, ingested: Ingested, choice: Choice, exported: Exported, emit: Emit
 ) -> Benchmarked:
     """The original and each shipped engine side by side: latency in turn, and accuracy.
 
@@ -148,9 +148,8 @@ def benchmark(
     images = resolved.evaluation()
     original_engine = engines.original(setup, opened, ingested)
     with engines.session(setup.backend, setup.target, original_engine) as baseline:
-        for one in exported.engines:
-            if one.failed:
-                continue
+        built = [one for one in exported.engines if not one.failed]
+        for number, one in enumerate(built, start=1):
             engine = Engine(opened.folder / one.engine, one.engine_sha256, one.build_s)
             target = dataclasses.replace(resolved.target, precision=one.precision)
             with engines.session(setup.backend, target, engine) as result:
@@ -159,10 +158,12 @@ def benchmark(
             name = "samples.npy" if first is None else f"samples-{one.precision}.npy"
             engines.store_samples(opened, name, measured)
             first = first or measured.baseline(fingerprint)
+            latency = measured.candidate(fingerprint)
+            emit(Event("progress", "engines", one.precision, number, len(built), fields=latency.fields))
             scored.append(
                 Scored(
                     one.precision,
-                    measured.candidate(fingerprint),
+                    latency,
                     quality.score(logits, labels, reference, "evaluation"),
                     quality.agreement(logits, reference, "evaluation"),
                     _reliability(logits, labels),

@@ -81,6 +81,14 @@ class Latency:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def fields(self) -> tuple[tuple[str, float], ...]:
+        """The ratio and its interval as an event's fields; none for a baseline."""
+        if self.ratio_to_original is None or self.ratio_ci95 is None:
+            return ()
+        low, high = self.ratio_ci95
+        return (("ratio", self.ratio_to_original), ("ratio_low", low), ("ratio_high", high))
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:

@@ -139,9 +139,13 @@ class Method(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, for the console and for events.jsonl; ``seconds`` is a duration."""
+    """Something that happened, for the console and for events.jsonl; ``seconds`` is a duration.
 
-    kind: Literal["stage", "trial", "progress", "note", "warning"]
+    "begin" is a request that is being answered, "trial" one that was. Where a latency was measured beside the
+    original's, ``fields`` hold it as "ratio", with the ends of its interval as "ratio_low" and "ratio_high".
+    """
+
+    kind: Literal["stage", "begin", "trial", "progress", "note", "warning"]
     name: str
     detail: str = ""
     done: int | None = None
