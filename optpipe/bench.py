@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from optpipe import plugins, store, timing
+from optpipe import interruption, plugins, store, timing
 from optpipe.deploy.bundle import Manifest, open_bundle
 from optpipe.errors import UsageError
 from optpipe.selection import AUTO, FASTEST, select
@@ -150,8 +149,8 @@ def _session(source: Path, target: Target) -> Iterator[Session]:
             f"{source}: {target.backend} builds from torch programs, not from ONNX files; name a run that "
             "was made with it, or another backend"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        session = backend.load(backend.build(source, target, Path(folder)), target)
+    with interruption.temporary_folder() as folder:
+        session = backend.load(backend.build(source, target, folder), target)
         try:
             yield session
         finally:

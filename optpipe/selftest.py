@@ -5,14 +5,13 @@ Each is compared with torch and, where it is installed, with ONNX Runtime on the
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optpipe import building, data, onnx_export, plugins, precision, timing
+from optpipe import building, data, interruption, onnx_export, plugins, precision, timing
 from optpipe.environment import Finding
 from optpipe.errors import OptpipeError, RunError
 from optpipe.types import Session, Target
@@ -38,11 +37,11 @@ def check(device: str) -> Iterator[Finding]:
         bench = building.Workbench(
             backend, target, images, precision.Settings(range_methods=("minmax",)), seed=0
         )
-        with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
+        with interruption.temporary_folder() as folder:
             for wanted in offered:
                 subject = f"self-test {name} {wanted}"
                 try:
-                    detail = _engine(network, bench.at(wanted), Path(folder), reference)
+                    detail = _engine(network, bench.at(wanted), folder, reference)
                 except OptpipeError as error:
                     yield Finding(subject, False, str(error), needed=True)
                 except Exception as error:  # an engine is others' code, and the other engines are to be tried
@@ -61,9 +60,9 @@ def _reference(network: nn.Module, images: data.ImageSet) -> NDArray[np.float32]
     if backend.missing(target) is not None:
         return None
     bench = building.Workbench(backend, target, images, precision.Settings(), seed=0)
-    with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
+    with interruption.temporary_folder() as folder:
         try:
-            built = building.build(building.export(network, bench, Path(folder)), bench, Path(folder))
+            built = building.build(building.export(network, bench, folder), bench, folder)
             session = backend.load(built.engine, target)
         except Exception:  # the finding of its own engine tells of it
             return None

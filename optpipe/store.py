@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from optpipe import interruption
 from optpipe.errors import OptpipeError, UsageError
 from optpipe.files import write_atomically, write_failure
 from optpipe.types import Event
@@ -167,7 +168,8 @@ def open_run(folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None)
             _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
         else:
             write_atomically(recorded, recipe_toml)
-        yield Run(folder, cache)
+        with interruption.in_folder(folder):
+            yield Run(folder, cache)
 
 
 @contextlib.contextmanager

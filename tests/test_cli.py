@@ -140,7 +140,7 @@ def test_an_interrupt_exits_130(write_onnx: WriteOnnx) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err.strip() == "Interrupted; given again, the same command takes a run on from here"
+    assert err.strip() == f"Interrupted; `optpipe {' '.join(words)}` begins anew"
 
 
 STARTED = """

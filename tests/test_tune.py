@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from optpipe import graph, store, tune
+from optpipe import graph, interruption, store, tune
 from optpipe.data import ImageSet
 from optpipe.errors import RunError
 from optpipe.tune import evaluation
@@ -168,6 +169,32 @@ def test_a_killed_training_goes_on_from_a_file(
     assert int(saved["step"]) == 8
     resumed = candidate(original, settings)
     tune.train(resumed, original, images, settings, seed=5, checkpoint=disk)
+    assert changed(weights(whole), resumed) == set()
+
+
+def test_an_interrupted_training_keeps_the_step_that_it_was_at(
+    original: fx.GraphModule, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the middle of the sixth step of eleven, with checkpoints at every hundredth."""
+    monkeypatch.setattr(interruption, "GRACE_S", 300.0)
+    settings = EVERY_KIND["sgd"]
+    whole = candidate(original, settings)
+    expected = tune.train(whole, original, images, settings, seed=5)
+
+    memory = Memory(every=100)
+    batch_indices = tune.batch_indices
+
+    def interrupted(size: int, batch: int, seed: int, step: int) -> list[int]:
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return batch_indices(size, batch, seed, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), interruption.Watch(str):
+        patch.setattr(tune, "batch_indices", interrupted)
+        tune.train(candidate(original, settings), original, images, settings, seed=5, checkpoint=memory)
+    assert [int(state["step"]) for state in memory.states] == [6]
+    resumed = candidate(original, settings)
+    assert tune.train(resumed, original, images, settings, seed=5, checkpoint=memory) == expected
     assert changed(weights(whole), resumed) == set()
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optpipe import interruption
 from optpipe.backends import _nvml, _processor
 from optpipe.backends._images import batches, shape_text
 from optpipe.backends._inductor_settings import in_blocks_of_their_own, threads_of_torch, true_fp32
@@ -190,8 +190,8 @@ def _opened(content: bytes) -> Any:
     """
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="optpipe-") as folder:
-        copy = Path(folder) / "engine.pt2"
+    with interruption.temporary_folder() as folder:
+        copy = folder / "engine.pt2"
         copy.write_bytes(content)
         # One thread at a time runs a session: the package's own locks would only get in a graph's way.
         return torch._inductor.aoti_load_package(str(copy), run_single_threaded=True)

@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints. The only room that imports click; torch is imported late.
 
 Exit codes: 0 fine, 1 gate not met, 2 bad usage or recipe, 3 something missing on this machine, 4 the run
-failed, 130 interrupted. Results go to stdout, everything else to stderr.
+failed, 130 interrupted, 143 ended by SIGTERM. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import click
 
-from optpipe import __version__
+from optpipe import __version__, interruption
 from optpipe.cli import finished, machine, recipes
+from optpipe.cli.interrupted import last_words
 from optpipe.errors import OptpipeError
 
 
@@ -41,7 +42,7 @@ def cli() -> None:
     """Make a trained vision network faster on your device, and know what it costs in accuracy.
 
     Exit codes: 0 fine, 1 gate not met, 2 bad usage or recipe, 3 something missing on this machine,
-    4 the run failed, 130 interrupted.
+    4 the run failed, 130 interrupted, 143 ended by SIGTERM.
     """
 
 
@@ -59,14 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Training threads that wait by spinning take the processor from the engines that are timed, and, on a
     # machine that others use too, from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with interruption.Watch(lambda: last_words(words, interruption.folder())) as watch:
+        try:
+            _carry_out(words)
+        except BaseException:
+            # Libraries turn an interrupt into errors of their own.
+            if watch.signal is None:
+                raise
+            click.echo(last_words(words, interruption.folder()), err=True)
+            if arguments is None:
+                watch.end()
+            sys.exit(watch.exit_code)
+
+
+def _carry_out(words: Sequence[str]) -> None:
+    """Run a command; it ends by an exit code for whatever goes wrong."""
     try:
-        cli.main(args=words, prog_name="optpipe", standalone_mode=False)
+        cli.main(args=list(words), prog_name="optpipe", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; given again, the same command takes a run on from here", err=True)
-        sys.exit(130)
+    except click.Abort:
+        raise KeyboardInterrupt from None
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except OptpipeError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from optpipe import interruption
 from optpipe.errors import RunError
 from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
 from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
@@ -134,25 +135,32 @@ def _descend(
     first = last = float(saved["loss_first"]) if saved is not None else math.nan
     half = on_this_machine(tune, device).autocast == "bf16"
     for step in range(start, tune.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = tune.lr * rate(step, tune)
-        chosen = batch_indices(len(calibration), tune.batch, seed, step)
-        images = views_of(calibration.batch(chosen).to(device), tune, seed, step)
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = objective.loss(chosen, images.contiguous(memory_format=layout))
-        before, last = last, float(loss.detach())
-        if not math.isfinite(last):
-            raise RunError(
-                f"training diverged at step {step} of {tune.steps}: the loss is {last}, it was {before:.4g} "
-                f"before; lower lr = {tune.lr:g}, in [recover] or where the method trains by itself"
-            )
-        first = last if math.isnan(first) else first
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        done = step + 1
-        if checkpoint is not None and done % checkpoint.every == 0 and done < tune.steps:
-            checkpoint.save(snapshot(student, optimizer, parameters, objective, done, first))
+        # A step is whole or not at all, so that an interrupted training loses none.
+        with interruption.held_back() as asked_to_stop:
+            for group in optimizer.param_groups:
+                group["lr"] = tune.lr * rate(step, tune)
+            chosen = batch_indices(len(calibration), tune.batch, seed, step)
+            images = views_of(calibration.batch(chosen).to(device), tune, seed, step)
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                loss = objective.loss(chosen, images.contiguous(memory_format=layout))
+            before, last = last, float(loss.detach())
+            if not math.isfinite(last):
+                raise RunError(
+                    f"training diverged at step {step} of {tune.steps}: the loss is {last}, it was "
+                    f"{before:.4g} before; lower lr = {tune.lr:g}, in [recover] or where the method trains "
+                    "by itself"
+                )
+            first = last if math.isnan(first) else first
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            done = step + 1
+            if (
+                checkpoint is not None
+                and done < tune.steps
+                and (asked_to_stop() or not done % checkpoint.every)
+            ):
+                checkpoint.save(snapshot(student, optimizer, parameters, objective, done, first))
         if emit is not None and (done % 10 == 0 or done == tune.steps):
             emit(Event("progress", "training", f"loss {last:.4g}", done, tune.steps))
     optimizer.zero_grad(set_to_none=True)
