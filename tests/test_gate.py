@@ -304,7 +304,7 @@ def test_damaged_limits_are_refused(tmp_path: Path, text: str) -> None:
 def test_junit_counts_what_failed_and_what_was_skipped() -> None:
     verdict = judged(make_report(), Limits(0.5, None, 30.0), make_report(ratio=0.5))
     assert outcomes(verdict) == ["uncertain", "failed", "passed", "skipped"]
-    suite = ElementTree.fromstring(gate.junit(make_report(), verdict.checks).encode())
+    suite = ElementTree.fromstring(gate.junit(make_report(), verdict).encode())
     counts = {"name": "optpipe gate practise", "tests": "4", "failures": "1", "skipped": "1"}
     assert (suite.tag, suite.attrib) == ("testsuite", counts)
     inside = []
@@ -317,8 +317,9 @@ def test_junit_counts_what_failed_and_what_was_skipped() -> None:
 
 def test_junit_escapes_what_a_name_holds(tmp_path: Path) -> None:
     checks = (gate.Check("a<b>&'\"", "failed", 'drop < 1 & > "0" ä'),)
+    verdict = dataclasses.replace(judged(make_report(), Limits(0.5)), checks=checks)
     path = tmp_path / "junit.xml"
-    path.write_text(gate.junit(make_report(), checks), encoding="utf-8")
+    path.write_text(gate.junit(make_report(), verdict), encoding="utf-8")
     case = ElementTree.parse(path).getroot()[0]
     assert case.get("name") == "a<b>&'\""
     assert case[0].get("message") == 'drop < 1 & > "0" ä'

@@ -21,6 +21,7 @@ from optpipe.errors import GateError, MissingError
 @click.option("--max-accuracy-regression", type=float, metavar="P", help="Points, to the baseline [0].")
 @click.option("--max-latency-regression", type=float, metavar="P", help="Percent, to the baseline [0].")
 @click.option("--across-machines", is_flag=True, help="Compare latencies of other machines too, marked.")
+@click.option("--precision", metavar="NAME", help="Of the shipped engine to hold [the target's].")
 @click.option("--strict", is_flag=True, help="Values must keep the limits, not only their intervals.")
 @click.option("--junit", type=PATH, help="Write the checks as JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -35,6 +36,7 @@ def gate(
     max_accuracy_regression: float | None,
     max_latency_regression: float | None,
     across_machines: bool,
+    precision: str | None,
     strict: bool,
     junit: Path | None,
     as_json: bool,
@@ -59,12 +61,13 @@ def gate(
         max_latency_regression=max_latency_regression,
         strict=strict,
         against_baseline=baseline is not None,
+        precision=precision,
     )
     report = build.read(run)
     old = None if baseline is None else gates.Baseline(str(baseline), build.read(baseline), across_machines)
     verdict = gates.judge(str(run), report, given.over(recorded.read(run)), old)
     if junit is not None:
-        files.write_atomically(junit, gates.junit(report, verdict.checks))
+        files.write_atomically(junit, gates.junit(report, verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(gates.markdown(report, verdict))

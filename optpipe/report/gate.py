@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 from xml.etree import ElementTree
 
 from optpipe import store
 from optpipe.errors import UsageError
-from optpipe.report import intervals
+from optpipe.report import intervals, shipped
 from optpipe.report.schema import Report
-from optpipe.types import Latency, Limits, Quality
+from optpipe.types import Latency, Limits, Precision, Quality
 
 SCHEMA = "optpipe.gate/1"
 HAIR = 1e-9
@@ -45,7 +45,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one run; ``baseline`` names the older run, None where there is none."""
+    """All checks of one run; ``baseline`` names the older run, None where there is none.
+
+    ``precision`` is that of the engine that was held against the limits.
+    """
 
     schema: str
     run: str
@@ -54,6 +57,7 @@ class Verdict:
     strict: bool
     passed: bool
     checks: tuple[Check, ...]
+    precision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,12 @@ def judge(run: str, report: Report, limits: Limits, baseline: Baseline | None = 
     """Hold a report against every limit that is given, and against an older one.
 
     Raises:
-        UsageError: there is no limit, nothing could be compared, or the report lacks what a limit is about.
+        UsageError: there is no limit, nothing could be compared, or a report lacks what a limit is about.
     """
+    report = shipped.at(run, report, limits.precision)
+    if baseline is not None:
+        old = shipped.at(baseline.path, baseline.report, limits.precision)
+        baseline = dataclasses.replace(baseline, report=old)
     checks = check(run, report, limits)
     if baseline is not None:
         checks += compare(report, baseline, limits)
@@ -83,7 +91,8 @@ def judge(run: str, report: Report, limits: Limits, baseline: Baseline | None = 
         raise UsageError(f"{run}: nothing could be checked: {'; '.join(item.message for item in checks)}")
     passed = all(item.passed for item in checks)
     against = None if baseline is None else baseline.path
-    return Verdict(SCHEMA, run, report.name, against, limits.strict, passed, tuple(checks))
+    held = limits.precision or report.target.precision
+    return Verdict(SCHEMA, run, report.name, against, limits.strict, passed, tuple(checks), held)
 
 
 def options(
@@ -95,12 +104,16 @@ def options(
     max_latency_regression: float | None,
     strict: bool,
     against_baseline: bool,
+    precision: str | None = None,
 ) -> Limits:
     """The limits that a command line gives.
 
     Raises:
-        UsageError: a limit cannot be meant, or a regression's has no baseline.
+        UsageError: a limit or precision cannot be meant, or a regression's has no baseline.
     """
+    meant = next((known for known in get_args(Precision) if known == precision), None)
+    if precision is not None and meant is None:
+        raise UsageError(f"--precision {precision}: must be one of {', '.join(get_args(Precision))}")
     given = Limits(
         max_accuracy_drop,
         min_agreement,
@@ -108,6 +121,7 @@ def options(
         max_accuracy_regression,
         max_latency_regression,
         strict,
+        meant,
     )
     problem = given.problem()
     if problem is not None:
@@ -288,18 +302,22 @@ class _Held:
         return f"{shown} {self.unit.removesuffix('s') if shown == '1' else self.unit}"
 
 
-def junit(report: Report, checks: tuple[Check, ...]) -> str:
+def junit(report: Report, verdict: Verdict) -> str:
     """The checks as JUnit XML, a test case each."""
+    checks = verdict.checks
+    held = "" if verdict.precision == report.target.precision else f" {verdict.precision}"
     count = {outcome: sum(item.outcome == outcome for item in checks) for outcome in ("failed", "skipped")}
     suite = ElementTree.Element(
         "testsuite",
-        name=f"optpipe gate {report.name}",
+        name=f"optpipe gate {report.name}{held}",
         tests=str(len(checks)),
         failures=str(count["failed"]),
         skipped=str(count["skipped"]),
     )
     for item in checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"optpipe.{report.name}", name=item.name)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"optpipe.{report.name}{held}", name=item.name
+        )
         if item.outcome == "failed":
             ElementTree.SubElement(case, "failure", message=item.message)
         elif item.outcome == "skipped":
@@ -334,7 +352,7 @@ def markdown(report: Report, verdict: Verdict) -> str:
             f"### optpipe gate: {_cell(report.name)} {'passed' if verdict.passed else 'FAILED'}",
             "",
             f"{_cell(report.method)} on {_cell(report.model)}, {report.target.backend} "
-            f"{report.target.precision} at batch {report.target.batch} on {_cell(machine)}."
+            f"{verdict.precision} at batch {report.target.batch} on {_cell(machine)}."
             + (f" Baseline: {_cell(verdict.baseline)}." if verdict.baseline else ""),
             "",
             "| check | outcome | measured (95% interval) and allowed |",

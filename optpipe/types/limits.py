@@ -6,8 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from optpipe.types.measurement import Precision
+
 SHARES_LEFT_OUT = {"min_agreement", "min_latency_reduction"}
 """Limits that a share in the place of a percentage would all but switch off."""
+
+NO_LIMITS = {"strict", "precision"}
+"""What says how to hold a run against the limits, and is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,7 @@ class Limits:
     share of images that keep the original's class. ``max_accuracy_regression`` and ``max_latency_regression``
     are against the run that ``--baseline`` names (0 where they are left out). With ``strict`` the measured
     value itself must keep a limit; without, a run fails only where its 95% interval lies wholly beyond.
+    ``precision`` is that of the shipped engine which is held against them, None the target's.
     """
 
     max_accuracy_drop: float | None = None
@@ -27,12 +33,13 @@ class Limits:
     max_accuracy_regression: float | None = None
     max_latency_regression: float | None = None
     strict: bool = False
+    precision: Precision | None = None
 
     def problem(self) -> tuple[str, float, str] | None:
         """The first limit that cannot be meant: its key, its value, and what it must be; None if all can."""
         for field in dataclasses.fields(self):
-            value: float | None = getattr(self, field.name)
-            if field.name == "strict" or value is None:
+            value: float | None = None if field.name in NO_LIMITS else getattr(self, field.name)
+            if value is None:
                 continue
             if not math.isfinite(value):
                 return field.name, value, "must be finite"
