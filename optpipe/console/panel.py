@@ -11,8 +11,11 @@ from rich.text import Text
 from optpipe import store
 from optpipe.console.watched import Left, Saving, Watched
 
-NARROW = 76
-"""Columns below which the stages that do not run are shown by their marks alone."""
+NARROW = 74
+"""Columns of the panel below which the stages that do not run are shown by their marks alone."""
+WIDEST = 100
+ECHO = len("^C")
+"""Columns left free behind the panel: a terminal shows there that Ctrl-C was pressed, and not below it."""
 MARKS = {"done": ("✓", "+"), "running": ("▶", ">"), "to come": ("·", ".")}
 STYLES = {"done": "green", "running": "bold cyan", "to come": "dim"}
 
@@ -26,7 +29,7 @@ class Panel:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A frame of at most seven lines, none of them wrapped."""
-        watched, width = self._watched, options.max_width
+        watched, width = self._watched, min(options.max_width - ECHO, WIDEST)
         rows = Table.grid(padding=(0, 1, 0, 0), expand=True)
         rows.add_column(no_wrap=True, style="dim", min_width=9)
         rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -48,7 +51,7 @@ class Panel:
             )
             rows.add_row(bar.name, cells)
         rows.add_row("time", _line(self._time(width)))
-        yield Frame(Group(*lines, rows), title="optpipe", title_align="left", border_style="dim")
+        yield Frame(Group(*lines, rows), title="optpipe", title_align="left", border_style="dim", width=width)
 
     def _stage_line(self, width: int, *, ascii_only: bool) -> Text:
         watched = self._watched
