@@ -10,6 +10,7 @@ from optpipe.types import (
     Choice,
     EngineCount,
     Latency,
+    LayerTimes,
     ModelGraph,
     Precision,
     Quality,
@@ -172,6 +173,7 @@ class Benchmarked:
     results: tuple[Scored, ...]
     seconds: float
     ensemble: ScoredEnsemble | None = None
+    layers: LayerTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from optpipe.backends._engine import checked_bytes
 from optpipe.backends._images import shape_text
 from optpipe.errors import RunError
-from optpipe.types import Engine, Target
+from optpipe.types import Engine, LayerTime, Target
 
 Provider = str | tuple[str, dict[str, str]]
 
@@ -50,6 +52,23 @@ def open_session(
             "set target.batch and target.input_shape to the engine's, or export the network anew"
         )
     return session
+
+
+def times_of_profile(path: Path, repeats: int) -> tuple[LayerTime, ...]:
+    """The layers of a profile, each with the median of its last ``repeats`` times, in their order."""
+    found: dict[tuple[str, str], list[float]] = {}
+    kinds: dict[tuple[str, str], str] = {}
+    for event in json.loads(path.read_text(encoding="utf-8")):
+        name = event["name"].removesuffix("_kernel_time")
+        if event.get("cat") != "Node" or name == event["name"]:
+            continue
+        key = name, str(event["args"].get("node_index", ""))  # names may be empty, or the same
+        kinds[key] = str(event["args"]["op_name"])
+        found.setdefault(key, []).append(event["dur"] / 1e3)
+    return tuple(
+        LayerTime(key[0] or kinds[key], kinds[key], statistics.median(times[-repeats:]))
+        for key, times in found.items()
+    )
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

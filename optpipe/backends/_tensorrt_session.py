@@ -8,7 +8,10 @@ take less time than it takes to enqueue them one by one, and that time would the
 from __future__ import annotations
 
 import contextlib
+import json
+import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from optpipe.backends import _nvml
@@ -30,13 +33,14 @@ from optpipe.backends._images import batches, shape_text
 from optpipe.backends._tensorrt_log import log_of
 from optpipe.backends._tensorrt_options import Options
 from optpipe.errors import RunError
-from optpipe.types import DeviceState, Engine, Sample, Target
+from optpipe.types import DeviceState, Engine, LayerTime, Sample, Target
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 _REBUILD = "build it again on this machine"
+_WARM_UP = 3
 _NO_GRAPH = "enqueued layer by layer, without a CUDA graph"
 
 
@@ -121,6 +125,23 @@ class TensorrtSession:
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def layer_times(self, repeats: int) -> tuple[LayerTime, ...]:
+        """The layers with their median times over so many inferences, each of which waits for the GPU.
+
+        For a session that replays no graph and times nothing afterwards: its context goes on telling.
+        """
+        told: dict[str, list[float]] = {}
+        profiler = _profiler(self._trt, lambda name, ms: told.setdefault(name, []).append(ms))
+        self._context.profiler = profiler
+        for _ in range(_WARM_UP + repeats):
+            self._enqueue()
+            self._stream.synchronize()
+        kinds = _kinds(self.layers())
+        return tuple(
+            LayerTime(name, kinds.get(name, "layer"), statistics.median(times[-repeats:]))
+            for name, times in told.items()
+        )
 
     def close(self) -> None:
         """Release the GPU's memory and all else that the session holds."""
@@ -242,3 +263,22 @@ class TensorrtSession:
     def _reasons(self) -> str:
         """TensorRT's errors so far, in brackets; empty where there are none."""
         return f" ({'; '.join(self._log.errors[-3:])})" if self._log.errors else ""
+
+
+def _profiler(trt: Any, tell: Callable[[str, float], object]) -> Any:
+    """What a context tells the times of its layers to, one call for each layer of each inference."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]  # the bindings have no types
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)  # pybind11 wants its own called, not super()'s
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            tell(layer_name, ms)
+
+    return Profiler()
+
+
+def _kinds(layers: str) -> dict[str, str]:
+    """The kind of each layer by its name, as far as the inspector's JSON says it."""
+    found = json.loads(layers).get("Layers", [])
+    return {one["Name"]: one["LayerType"] for one in found if isinstance(one, dict) and "LayerType" in one}

@@ -24,13 +24,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from optpipe import interruption
 from optpipe.backends import _processor
 from optpipe.backends._engine import engine_of
 from optpipe.backends._images import batches
-from optpipe.backends._onnxruntime import failure, open_session, runtime_errors
+from optpipe.backends._onnxruntime import failure, open_session, runtime_errors, times_of_profile
 from optpipe.backends._onnxruntime_cuda import CudaSession, fingerprint_cuda, missing_cuda, options_of
 from optpipe.errors import MissingError, UsageError
-from optpipe.types import DeviceState, Engine, Fingerprint, Precision, Sample, Session, Target
+from optpipe.types import DeviceState, Engine, Fingerprint, LayerTime, Precision, Sample, Session, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ CACHES_BUILDS = False
 INT8_REST: Literal["fp32", "fp16"] = "fp32"
 
 _PROVIDER = "CPUExecutionProvider"
+_WARM_UP = 3
 # The CUDA provider has few int8 kernels: it would compute most of such a file in fp32, between conversions.
 _PRECISIONS: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")}
 
@@ -106,13 +108,32 @@ def load(engine: Engine, target: Target) -> Session:
     return CudaSession(engine, target)
 
 
+def layer_times(engine: Engine, target: Target, repeats: int) -> tuple[LayerTime, ...]:
+    """The layers with their median times by ONNX Runtime's profiler; none on a GPU, whose work it cannot see.
+
+    Raises as :func:`load` does.
+    """
+    _check_target(target)
+    if target.device != "cpu":
+        return ()
+    with interruption.temporary_folder() as folder:
+        session = _CpuSession(engine, target, profile=folder / "profile")
+        try:
+            for _ in range(_WARM_UP + repeats):
+                session.sample()
+            return times_of_profile(session.end_profile(), repeats)
+        finally:
+            session.close()
+
+
 class _CpuSession:
     """One ONNX Runtime session whose input and output stay in the same memory from run to run."""
 
     headline = "Latency"
     notes: tuple[str, ...] = ()
 
-    def __init__(self, engine: Engine, target: Target) -> None:
+    def __init__(self, engine: Engine, target: Target, profile: Path | None = None) -> None:
+        """With ``profile``, the beginning of a file's name, it writes down how long each layer takes."""
         import numpy as np
         import onnxruntime
 
@@ -120,7 +141,7 @@ class _CpuSession:
         self._shape = (target.batch, *target.input_shape)
         self._errors = runtime_errors()
         try:
-            self._session: Any = open_session(engine, target, lambda: _options(target), [_PROVIDER])
+            self._session: Any = open_session(engine, target, lambda: _options(target, profile), [_PROVIDER])
             source, sink = self._session.get_inputs()[0], self._session.get_outputs()[0]
             images = np.random.default_rng(0).standard_normal(self._shape, dtype=np.float32)
             self._input: Any = onnxruntime.OrtValue.ortvalue_from_numpy(images)
@@ -157,6 +178,10 @@ class _CpuSession:
             raise failure(self._path, error) from error
         return Sample(compute_ms=(time.perf_counter_ns() - begin) / 1e6)
 
+    def end_profile(self) -> Path:
+        """The file of what was written down, which is whole now."""
+        return Path(self._session.end_profiling())
+
     def state(self) -> DeviceState | None:
         """None: the processor's clocks are not ours to read everywhere."""
         return None
@@ -191,7 +216,7 @@ def _check_target(target: Target) -> None:
         )
 
 
-def _options(target: Target) -> Any:
+def _options(target: Target, profile: Path | None) -> Any:
     import onnxruntime
 
     threads = _processor.threads_or_all(target.threads)
@@ -205,5 +230,8 @@ def _options(target: Target) -> Any:
         # ONNX Runtime counts cores from 1.
         binding = ";".join(str(core + 1) for core in cores)
         options.add_session_config_entry("session.intra_op_thread_affinities", binding)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     options.log_severity_level = 4  # what goes wrong arrives as an exception, once
     return options

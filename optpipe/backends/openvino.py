@@ -22,8 +22,11 @@ to the same core in every session, while the calling thread stays free.
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,7 +34,7 @@ from optpipe.backends import _processor
 from optpipe.backends._engine import checked_bytes, engine_of
 from optpipe.backends._images import batches, shape_text
 from optpipe.errors import RunError, UsageError
-from optpipe.types import DeviceState, Engine, Fingerprint, Precision, Sample, Session, Target
+from optpipe.types import DeviceState, Engine, Fingerprint, LayerTime, Precision, Sample, Session, Target
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,6 +48,8 @@ INT8_REST: Literal["fp32", "fp16"] = "fp32"
 
 _SERVED: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 _RESTS = ("f32", "bf16")
+_WARM_UP = 3
+_PARTS = 5
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 _INT8_TYPES = ("i8", "u8")
 
@@ -100,10 +105,50 @@ def load(engine: Engine, target: Target) -> Session:
         RunError: the file is not the one that was built, OpenVINO refuses it, or it would compute in
             another precision than the target's.
     """
+    return _open(engine, target, tells=False)
+
+
+def layer_times(engine: Engine, target: Target, repeats: int) -> tuple[LayerTime, ...]:
+    """The layers that OpenVINO runs, with their times by its own counters.
+
+    Those tell the mean of all inferences so far, in whole microseconds, and cannot be set back. So what one
+    inference took would be lost in the rounding; the medians are of means over a few inferences each.
+
+    Raises as :func:`load` does.
+    """
+    session = _open(engine, target, tells=True)
+    try:
+        for _ in range(_WARM_UP):
+            session.sample()
+        told = [session.layers(repeats // _PARTS or 1) for _ in range(_PARTS + 1)]
+        executed = {name for name, _, mean_ms, _ in told[-1] if mean_ms > 0}
+        return tuple(
+            LayerTime(layers[0][0], layers[0][1], _median_ms(layers))
+            for layers in zip(*told, strict=True)
+            if layers[0][0] in executed
+        )
+    finally:
+        session.close()
+
+
+_Told = tuple[str, str, float, int]
+"""A layer's name, its kind, the mean of its times in milliseconds, and of how many inferences."""
+
+
+def _median_ms(layers: Sequence[_Told]) -> float:
+    """The median of what a layer took between one telling and the next."""
+    means = [
+        (after[2] * after[3] - before[2] * before[3]) / (after[3] - before[3])
+        for before, after in itertools.pairwise(layers)
+    ]
+    return max(statistics.median(means), 0.0)
+
+
+def _open(engine: Engine, target: Target, *, tells: bool) -> _CpuSession:
     _check_target(target)
     content = checked_bytes(engine)
     try:
-        compiled = _compile(content, engine.path, target)
+        compiled = _compile(content, engine.path, target, tells=tells)
     except RuntimeError as error:
         raise _failure(engine.path, error) from error
     return _CpuSession(compiled, engine.path, target)
@@ -120,6 +165,7 @@ class _CpuSession:
         openvino = _import_openvino()
         self._path = path
         self._shape = (target.batch, *target.input_shape)
+        self._inferences = 0
         self.notes = (_check_precision(compiled, path, target), *_thread_notes(compiled, target))
         try:
             self._request: Any = compiled.create_infer_request()
@@ -156,6 +202,15 @@ class _CpuSession:
             raise _failure(self._path, error) from error
         return Sample(compute_ms=(time.perf_counter_ns() - begin) / 1e6)
 
+    def layers(self, more: int) -> list[_Told]:
+        """What each layer took on the mean after so many more inferences, in a session that tells."""
+        for _ in range(more):
+            self.sample()
+        return [
+            (layer.node_name, layer.node_type, layer.real_time.total_seconds() * 1e3, self._inferences)
+            for layer in self._request.profiling_info
+        ]
+
     def state(self) -> DeviceState | None:
         """None: the processor's clocks are not ours to read everywhere."""
         return None
@@ -166,6 +221,7 @@ class _CpuSession:
 
     def _infer(self) -> None:
         self._request.infer(share_inputs=True, share_outputs=True)
+        self._inferences += 1
 
 
 def _check_target(target: Target) -> None:
@@ -220,8 +276,11 @@ def _import_openvino() -> Any:
     return importlib.import_module("openvino")
 
 
-def _compile(content: bytes, path: Path, target: Target) -> Any:
-    """The network at the target's shape, compiled with every setting that decides speed or precision."""
+def _compile(content: bytes, path: Path, target: Target, *, tells: bool) -> Any:
+    """The network at the target's shape, compiled with every setting that decides speed or precision.
+
+    With ``tells`` it counts the time of its layers, too.
+    """
     openvino = _import_openvino()
     core = openvino.Core()
     model = core.read_model(content)
@@ -246,6 +305,7 @@ def _compile(content: bytes, path: Path, target: Target) -> Any:
         "INFERENCE_PRECISION_HINT": _hint(target),
         # Nor may it quantize what reaches a fully connected layer.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "PERF_COUNT": tells,
     }
     return core.compile_model(model, "CPU", settings)
 

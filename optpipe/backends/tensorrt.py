@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from optpipe.backends import _cuda, _nvml
 from optpipe.backends._tensorrt_build import build_engine
 from optpipe.backends._tensorrt_options import PRECISIONS, options_of
 from optpipe.backends._tensorrt_session import TensorrtSession
-from optpipe.types import Engine, Fingerprint, Precision, Session, Target
+from optpipe.types import Engine, Fingerprint, LayerTime, Precision, Session, Target
 
 SOURCE: Literal["onnx"] = "onnx"
 CACHES_BUILDS = True
@@ -71,6 +72,19 @@ def layers(engine: Engine, target: Target) -> str:
     session = _session(engine, target)
     try:
         return session.layers()
+    finally:
+        session.close()
+
+
+def layer_times(engine: Engine, target: Target, repeats: int) -> tuple[LayerTime, ...]:
+    """The layers that TensorRT made, with their median times by its profiler, enqueued without a CUDA graph.
+
+    Raises as :func:`load` does.
+    """
+    options = replace(options_of(target), cuda_graph=False)  # a graph's kernels tell no profiler
+    session = TensorrtSession(_tensorrt(), engine, target, options)
+    try:
+        return session.layer_times(repeats)
     finally:
         session.close()
 

@@ -72,6 +72,7 @@ def assemble(
         ensemble=_ensemble(results),
         leakage=leaked,
         candidates=results.analyze.candidates,
+        layers=final.layers,
     )
 
 

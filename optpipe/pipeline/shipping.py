@@ -20,7 +20,7 @@ from optpipe import (
     uncertainty,
 )
 from optpipe.errors import OptpipeError
-from optpipe.pipeline import engines, ensembles
+from optpipe.pipeline import engines, ensembles, layers
 from optpipe.preparation import Setup
 from optpipe.results import Benchmarked, Exported, Ingested, Scored, Shipped
 from optpipe.types import Choice, Emit, Engine, Event, Latency, Reliability
@@ -173,7 +173,14 @@ def benchmark(
     assert first is not None, "the target's precision is always shipped"
     original = quality.score(reference, labels, reference, "evaluation")
     doubt = _reliability(reference, labels)
-    return Benchmarked(first, original, doubt, tuple(scored), 0.0, joined)
+    shipped = built[0]
+    told = layers.times(
+        setup.backend,
+        (original_engine, setup.target),
+        (Engine(opened.folder / shipped.engine, shipped.engine_sha256, shipped.build_s), resolved.target),
+        max(first, scored[0].latency, key=lambda latency: latency.median_ms),
+    )
+    return Benchmarked(first, original, doubt, tuple(scored), 0.0, joined, told)
 
 
 def _reliability(logits: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Reliability | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from optpipe.report import html_tables, html_tradeoff, leakage, reliability
+from optpipe.report import html_tables, html_tradeoff, layers, leakage, reliability
 from optpipe.report.html_parts import Entry, Sheet, figure, prose, sheet, spread, table, text, words
 from optpipe.report.html_style import SCRIPT, STYLE
 from optpipe.report.schema import Report
@@ -137,6 +137,7 @@ def _parts(report: Report, pictures: Pictures) -> list[Part]:
         Part("Every network that was measured", _measured(report, pictures)),
         Part("Latencies", _latencies(report, pictures)),
         *_tables(report, pictures),
+        Part(layers.TITLE, _layers(report)),
         Part(reliability.TITLE, _reliability(report, pictures)),
         Part("The price of knowing", _table(html_tables.ensemble(report))),
         Part("Would more images help?", _leakage(report)),
@@ -174,6 +175,14 @@ def _tables(report: Report, pictures: Pictures) -> list[Part]:
     if rest:
         parts.append(Part("Figures", f'<div class="pictures">{"".join(rest)}</div>'))
     return parts
+
+
+def _layers(report: Report) -> str:
+    if report.layers is None:
+        return ""
+    return prose(layers.note(report.layers)) + "".join(
+        table(sheet(one)) for one in layers.tables(report.layers)
+    )
 
 
 def _reliability(report: Report, pictures: Pictures) -> str:

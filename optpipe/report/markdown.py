@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from optpipe.report import leakage, reliability
+from optpipe.report import layers, leakage, reliability
 from optpipe.report.schema import NetworkReport, PrecisionReport, Report
 from optpipe.types import Cell, DeviceState, Figure, Latency, Quality, Table, Tune
 
@@ -26,6 +26,7 @@ def render(report: Report) -> str:
         leakage.section(report.leakage),
         _engines(report),
         *_tables(report),
+        *_layers(report),
         _synthesized(report),
         _conditions(report),
         _hashes(report),
@@ -296,6 +297,13 @@ def _tables(report: Report) -> list[str]:
         sections += [_table(table), *[image for title, image in shown if title == table.title]]
     titles = {table.title for table in report.tables}
     return sections + [f"## {_one_line(title)}\n\n{image}" for title, image in shown if title not in titles]
+
+
+def _layers(report: Report) -> list[str]:
+    """How long each layer takes; nothing in reports from before that was asked."""
+    if report.layers is None:
+        return []
+    return [f"## {layers.TITLE}\n\n{layers.note(report.layers)}", *map(_table, layers.tables(report.layers))]
 
 
 def _synthesized(report: Report) -> str:

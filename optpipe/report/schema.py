@@ -13,6 +13,7 @@ from optpipe.types import (
     EngineCount,
     Figure,
     Latency,
+    LayerTimes,
     Plan,
     Precision,
     Quality,
@@ -212,3 +213,4 @@ class Report:
     ensemble: EnsembleReport | None = None
     leakage: LeakageReport | None = None
     candidates: tuple[Candidate, ...] = ()
+    layers: LayerTimes | None = None

@@ -10,6 +10,8 @@ from optpipe.types.measurement import (
     DeviceState,
     Fingerprint,
     Latency,
+    LayerTime,
+    LayerTimes,
     Precision,
     Quality,
     Reliability,
@@ -17,7 +19,17 @@ from optpipe.types.measurement import (
     Target,
 )
 from optpipe.types.network import Block, ChannelGroup, ModelGraph, Plan
-from optpipe.types.seams import Backend, Emit, Engine, EngineCount, Event, Method, Sample, Session
+from optpipe.types.seams import (
+    Backend,
+    Emit,
+    Engine,
+    EngineCount,
+    Event,
+    LayerTimer,
+    Method,
+    Sample,
+    Session,
+)
 from optpipe.types.search import (
     Answer,
     Ask,
@@ -74,6 +86,9 @@ __all__ = [
     "Images",
     "Interim",
     "Latency",
+    "LayerTime",
+    "LayerTimer",
+    "LayerTimes",
     "Limits",
     "Member",
     "Method",

@@ -91,6 +91,32 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTime:
+    """A layer of an engine as the engine runs it: ``kind`` in its own words, ``ms`` a median of inferences.
+
+    Engines fuse layers, so that one of them may be several of the network's.
+    """
+
+    name: str
+    kind: str
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """The layers of the original's engine and of the result's, over ``repeats`` inferences each.
+
+    Taken in sessions of their own, which telling slows down: the times do not add up to the latency. Where
+    they cannot be had both are empty, and ``failed`` says why.
+    """
+
+    original: tuple[LayerTime, ...]
+    result: tuple[LayerTime, ...]
+    repeats: int
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Quality:
     """How well a network does on one split; values are fractions from 0 to 1.
 

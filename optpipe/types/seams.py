@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from optpipe.types.measurement import DeviceState, Fingerprint, Precision, Target
+from optpipe.types.measurement import DeviceState, Fingerprint, LayerTime, Precision, Target
 from optpipe.types.network import ModelGraph
 from optpipe.types.search import Budget, Cell, Images, Scene, Search, Tune
 
@@ -111,6 +111,19 @@ class Backend(Protocol):
 
     def load(self, engine: Engine, target: Target) -> Session:
         """Open an engine for running and timing; RunError where its bytes are not those of its sha256."""
+
+
+@runtime_checkable
+class LayerTimer(Protocol):
+    """A backend that can also tell how long each layer takes."""
+
+    def layer_times(self, engine: Engine, target: Target, repeats: int) -> tuple[LayerTime, ...]:
+        """The layers in the order in which they run, each with its median time over ``repeats`` inferences.
+
+        Telling slows an engine down: this takes a session of its own, set as :meth:`Backend.load` sets it but
+        for the telling, and what is timed is never that one. Empty where the target's device does not tell.
+        RunError as for :meth:`Backend.load`.
+        """
 
 
 class Method(Protocol):

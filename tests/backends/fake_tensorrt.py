@@ -21,6 +21,8 @@ from tensorrt_signatures import Signature, parse
 API = Path(__file__).parent / "tensorrt_api"
 RELEASES = ("10", "11")
 _ALIASES = {"IParserError": "ParserError"}
+_OVERRIDDEN = {"ILogger": "log", "IProfiler": "report_layer_time"}
+"""Classes that are subclassed, and the method that TensorRT calls."""
 
 
 class StrictError(AssertionError):
@@ -83,8 +85,8 @@ class FakeTensorrt(ModuleType):
         self._enums: dict[str, dict[str, int]] = api["enums"]
         for name, known in api["classes"].items():
             made = (
-                _logger_class(self)
-                if name == "ILogger"
+                _to_be_subclassed(self, name, _OVERRIDDEN[name])
+                if name in _OVERRIDDEN
                 else _strict_class(self, name, known, behave.get(name))
             )
             self.classes[name] = made
@@ -128,7 +130,7 @@ class FakeTensorrt(ModuleType):
     def wrap(self, kind: str, value: Any) -> Any:
         """What the code under test gets for a behaviour's answer; None is how most methods fail."""
         kind = _ALIASES.get(kind, kind)
-        if value is None or kind not in self.classes or kind == "ILogger":
+        if value is None or kind not in self.classes or kind in _OVERRIDDEN:
             return value
         made: Any = object.__new__(self.classes[kind])
         object.__setattr__(made, "behaviour", value)
@@ -227,15 +229,14 @@ def _unwrapped(value: Any) -> Any:
     return getattr(value, "behaviour", value) if not isinstance(value, EnumValue) else value
 
 
-def _logger_class(trt: FakeTensorrt) -> type:
-    """ILogger, to be subclassed; pybind11 refuses an object whose ``__init__`` was not called."""
+def _to_be_subclassed(trt: FakeTensorrt, owner: str, overridden: str) -> type:
+    """A class without behaviour; pybind11 refuses an object whose ``__init__`` was not called."""
 
-    class ILogger:
-        def __init__(self) -> None:
-            trt.uses.add(Use("ILogger", "__init__", "call"))
-            self.ready = True
+    def construct(self: Any) -> None:
+        trt.uses.add(Use(owner, "__init__", "call"))
+        self.ready = True
 
-        def log(self, severity: EnumValue, msg: str) -> None:
-            raise StrictError("ILogger.log must be overridden")
+    def refuse(self: Any, *_: Any) -> None:
+        raise StrictError(f"{owner}.{overridden} must be overridden")
 
-    return ILogger
+    return type(owner, (), {"__init__": construct, overridden: refuse})

@@ -312,6 +312,8 @@ class Engine:
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.tensors = {value.name: value for value in self.session.get_inputs() + self.session.get_outputs()}
         self.inputs = [value.name for value in self.session.get_inputs()]
+        nodes = onnx.load_from_string(model).graph.node
+        self.layers = [(f"{node.output[0]} kernel", node.op_type) for node in nodes]
 
     @property
     def num_io_tensors(self) -> int:
@@ -334,14 +336,19 @@ class Engine:
         return None if self.machine.fails("context") else Context(self)
 
     def create_engine_inspector(self) -> Inspector:
-        return Inspector()
+        return Inspector(self)
 
 
 class Inspector:
     execution_context: Any = None
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
     def get_engine_information(self, format: EnumValue) -> str:
-        return json.dumps({"Layers": [], "Context": self.execution_context is not None})
+        layers = [{"Name": name, "LayerType": kind} for name, kind in self._engine.layers]
+        # Whatever was not built with detailed verbosity is a name alone.
+        return json.dumps({"Layers": [*layers, "Reformat"], "Context": self.execution_context is not None})
 
 
 class Context:
@@ -350,6 +357,8 @@ class Context:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._has_run = False
+        self.profiler: Any = None
+        self._inferences = 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = (self._engine.profile or {name: [shape] * 3})[name]
@@ -383,7 +392,18 @@ class Context:
             return False
         self._has_run = True
         cuda.enqueue(stream_handle, self._compute)
+        self._tell()
         return True
+
+    def _tell(self) -> None:
+        """Tell each layer's time: 0.1 ms for the first, 0.2 for the second; the first inference is slow."""
+        if self.profiler is None:
+            return
+        if not getattr(self.profiler, "ready", False):
+            raise StrictError("IProfiler.__init__ was not called")
+        self._inferences += 1
+        for number, (name, _) in enumerate([*self._engine.layers, ("Reformat", "")], start=1):
+            self.profiler.report_layer_time(name, number * (0.1 if self._inferences > 1 else 5.0))
 
     def _compute(self) -> float:
         (source,), sink = (

@@ -31,6 +31,7 @@ CLASSES = (
     "ILogger",
     "INetworkDefinition",
     "IOptimizationProfile",
+    "IProfiler",
     "ITensor",
     "ITimingCache",
     "OnnxParser",

@@ -17,7 +17,7 @@ from torch import nn
 
 from optpipe import onnx_export, plugins, program_export
 from optpipe.errors import RunError, UsageError
-from optpipe.types import Backend, DeviceState, Engine, Precision, Session, Target
+from optpipe.types import Backend, DeviceState, Engine, LayerTimer, Precision, Session, Target
 
 SHAPE = (3, 8, 8)
 BATCH = 4
@@ -392,6 +392,33 @@ def test_closing_twice_is_fine(case: Case, session: Session) -> None:
     session.run(images(1))
     session.close()
     session.close()
+
+
+@pytest.mark.parametrize("case", EVERY_PRECISION)
+def test_layers_tell_their_times_where_the_backend_can(case: Case, engine: Engine) -> None:
+    module = case.module
+    if not isinstance(module, LayerTimer):
+        assert case.backend == "inductor", "its kernels are no layers any more"
+        return
+    assert list(inspect.signature(module.layer_times).parameters) == ["engine", "target", "repeats"]
+    found = module.layer_times(engine, case.target, 5)
+    if case.backend == "onnxruntime" and case.device == "cuda":
+        assert found == ()
+        return
+    assert any("conv" in layer.kind.lower() for layer in found)
+    assert len({layer.name for layer in found}) == len(found)
+    assert all(0 <= layer.ms < 1000 for layer in found)
+    assert sum(layer.ms for layer in found) > 0
+
+
+@pytest.mark.parametrize("case", EVERY_DEVICE)
+def test_telling_times_leaves_the_timed_session_as_it_was(
+    case: Case, engine: Engine, session: Session
+) -> None:
+    expected = session.run(images(BATCH))
+    if isinstance(case.module, LayerTimer):
+        case.module.layer_times(engine, case.target, 2)
+    np.testing.assert_array_equal(session.run(images(BATCH)), expected)
 
 
 # ---------------------------------------------------------------- engines

@@ -101,6 +101,7 @@ def uses(release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_on
     machine.during_build = partial(cache_file.write_bytes, machine.cache("another process's"))
     engine = backend.build(onnx, target, tmp_path)
     backend.layers(engine, target)
+    backend.layer_times(engine, target, 1)
     backend.fingerprint(target)
     machine.parser_errors = [("unsupported", "/conv")]
     with pytest.raises(RunError):

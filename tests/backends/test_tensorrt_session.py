@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import weakref
 from collections.abc import Iterator
@@ -245,4 +246,25 @@ def test_closing_twice_releases_everything_once(machine: Machine, engine: Engine
 
 
 def test_layers_are_shown_as_json(machine: Machine, engine: Engine) -> None:
-    assert backend.layers(engine, target_of()) == '{"Layers": [], "Context": true}'
+    found = json.loads(backend.layers(engine, target_of()))
+    assert [layer["LayerType"] for layer in found["Layers"][:-1]] == ["Conv", "GlobalAveragePool", "Flatten"]
+    assert found["Context"]
+
+
+def test_layers_tell_their_median_times_to_a_profiler_without_a_graph(
+    machine: Machine, engine: Engine
+) -> None:
+    machine.cuda.calls.clear()
+    found = backend.layer_times(engine, target_of(), repeats=5)
+    assert [layer.kind for layer in found] == ["Conv", "GlobalAveragePool", "Flatten", "layer"]
+    assert [layer.ms for layer in found] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert found[0].name == "x0 kernel"
+    assert "cudaStreamBeginCapture" not in machine.cuda.calls
+
+
+def test_a_timed_session_tells_no_profiler(machine: Machine, engine: Engine) -> None:
+    session = backend.load(engine, target_of())
+    assert isinstance(session, TensorrtSession)
+    session.sample()
+    assert session._context.profiler is None
+    session.close()
