@@ -266,9 +266,10 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_interrupted_in_analyze_and_in_recover_goes_on_to_its_end(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    recipe.write_text(recipe.read_text().replace("steps = 10", "steps = 3000"))
+    recipe.write_text(recipe.read_text().replace("steps = 10", "steps = 400"))
     words = ["run", recipe.name, "--out", "out"]
     command = [sys.executable, "-c", COMMAND_LINE, *words]
 
