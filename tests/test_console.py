@@ -300,6 +300,19 @@ def test_answers_from_the_store_tell_nothing_of_the_time() -> None:
     assert found.left(0.1) is None
 
 
+def test_a_command_without_stages_says_what_is_left_of_it(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    terminal = terminal_of(monkeypatch)
+    with EventConsole(clock=clock) as console:
+        for event in progress("landscape", 3)[:2]:
+            clock.now += 10.0
+            console.show(event)
+        assert terminal.says("2/3 loss 2")
+        assert terminal.says("0:20 passed; left: about 0:10")
+        assert not terminal.says("ingest")
+
+
 def test_a_stage_that_is_over_leaves_nothing() -> None:
     found = watched([(0.0, RECOVER), (1.0, progress("training", 2)[1])])
     found.see(Event("stage", "recover", "finished", 4, 6, 2.0), 2.0)

@@ -68,7 +68,8 @@ class Panel:
         passed = clock_text(self._now - self._watched.began)
         left = self._watched.left(self._now)
         if width >= NARROW:
-            return f"{passed} passed; left in this stage: {left_text(left)}"
+            where = " in this stage" if self._watched.stage else ""
+            return f"{passed} passed; left{where}: {left_text(left)}"
         return f"{passed}; {short_text(left)} left"
 
 

@@ -104,13 +104,15 @@ class Watched:
         """How much longer this stage takes: by the rate of the training or of the batch; None if unknown.
 
         A search may ask for more than the batch in work, so that only the recovery's own training is the
-        whole of what is left of its stage.
+        whole of what is left of its stage. Commands without stages do one thing.
         """
         training = None if self.bar is None else self.bar.left_s
         if self.name == "recover" and self.bar is not None and self.bar.name == "training":
             return None if training is None else Left(training, bound=False)
         known = [seconds for seconds in (training, self._batch_left(now)) if seconds is not None]
-        return Left(max(known), bound=True) if known and (self.running or not self.stage) else None
+        if not known or (self.stage and not self.running):
+            return None
+        return Left(max(known), bound=self.stage > 0)
 
     def _batch_left(self, now: float) -> float | None:
         """For the candidates of this batch, at the mean time of those that were computed in it."""
