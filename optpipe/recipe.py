@@ -120,13 +120,26 @@ class RunTable:
 
     ``name`` is that of its folder under ``runs/``. ``seed`` decides all that is drawn. ``cache`` reuses
     latencies that other runs in the same parent folder measured. ``checkpoint_every`` so many steps a
-    training is stored, to go on from there when it is interrupted.
+    training is stored, to go on from there when it is interrupted. ``workers`` says who scores and trains
+    candidates: "serial" is this process, "local:N" are N processes beside it, "ray" is a cluster. ``address``
+    is where that listens. ``worker_cpus`` cores and ``worker_gpus`` GPUs of the cluster are each worker's.
+    Engines are always timed by this process, on this machine.
     """
 
     name: str
     seed: int = 0
     cache: bool = True
     checkpoint_every: int = 50
+    workers: str = "serial"
+    address: str = "auto"
+    worker_cpus: int = 1
+    worker_gpus: float = 0.0
+
+    @property
+    def local_workers(self) -> int | None:
+        """N of "local:N"; None for the others."""
+        kind, _, count = self.workers.partition(":")
+        return int(count) if kind == "local" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +170,10 @@ class Recipe:
         return self.path.parent
 
     def frozen(self, method: object, recover: object) -> str:
-        """The whole recipe as TOML with every default written out, but for ``report`` and ``gate``.
+        """The whole recipe as TOML with every default written out, but for what changes nothing of the run.
 
-        They change nothing of the run, so that a finished one can still be asked for more, and be held
-        against other limits.
+        These are ``report`` and ``gate``, so that a finished run can still be asked for more, and be held
+        against other limits, and who computes: a run may go on with other workers.
         """
         tables = {
             "model": _plain(self.model),
@@ -174,11 +187,13 @@ class Recipe:
                 **typing.cast(dict[str, object], _plain(recover)),
             },
             "budget": _plain(self.budget),
-            "run": _plain(self.run),
+            "run": _plain({key: value for key, value in _fields(self.run) if key not in WHO_COMPUTES}),
         }
         return tomli_w.dumps(tables)
 
 
+WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus")
+_WORKERS = re.compile(r"serial|ray|local:[1-9][0-9]{0,3}")
 TABLES = (
     "model", "data", "target", "export", "timing", "method", "recover", "budget", "run", "report", "gate"
 )  # fmt: skip
@@ -341,6 +356,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("timing", "final_budget_s", recipe.timing.final_budget_s, False, positive),
         ("timing", "drift", recipe.timing.drift, False, positive),
         ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
+        ("run", "worker_cpus", recipe.run.worker_cpus, False, positive),
     ]
     unmeant = recipe.gate.problem()
     if unmeant is not None:
@@ -357,6 +373,12 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageError(f'{recipe.path}: [run] name = "{name}": must be a plain folder name')
     if seed < 0:
         raise UsageError(f"{recipe.path}: [run] seed = {seed}: must not be below 0")
+    if not _WORKERS.fullmatch(recipe.run.workers):
+        raise UsageError(
+            f'{recipe.path}: [run] workers = "{recipe.run.workers}": must be "serial", "local:N" or "ray"'
+        )
+    if recipe.run.worker_gpus < 0:
+        raise UsageError(f"{recipe.path}: [run] worker_gpus = {recipe.run.worker_gpus}: must not be below 0")
 
 
 def recovery(base: Tune, table: RawTable, path: Path) -> Tune:
@@ -418,11 +440,17 @@ def _override(raw: dict[str, typing.Any], override: str) -> None:
     table[path[-1]] = value
 
 
+def _fields(value: object) -> list[tuple[str, object]]:
+    """The fields of a dataclass that are not None."""
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type)
+    items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return [(key, inner) for key, inner in items if inner is not None]
+
+
 def _plain(value: object) -> object:
     """A dataclass as nested TOML values, without the keys that are None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {key: _plain(inner) for key, inner in items if inner is not None}
+        return {key: _plain(inner) for key, inner in _fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (tuple, list)):

@@ -77,7 +77,7 @@ class Run:
 
     def __init__(self, folder: Path, cache: Path | None) -> None:
         self.folder = folder
-        self._cache = cache
+        self.cache = cache
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of a stage, numbered in the order of the pipeline."""
@@ -116,17 +116,17 @@ class Run:
         own = _read(self.folder / room / key / name, cls)
         if own is not None:
             return own, False
-        if self._cache is None:
+        if self.cache is None:
             return None
-        cached = _read(self._cache / room / f"{key}-{name}", cls)
+        cached = _read(self.cache / room / f"{key}-{name}", cls)
         return (cached, True) if cached is not None else None
 
     def store_answer(self, room: str, key: str, name: str, value: object) -> None:
         """Store an answer in the run and, for other runs, in the cache."""
         text = to_json(value)
         write_atomically(self.folder / room / key / name, text)
-        if self._cache is not None:
-            write_atomically(self._cache / room / f"{key}-{name}", text)
+        if self.cache is not None:
+            write_atomically(self.cache / room / f"{key}-{name}", text)
 
     def emit(self, event: Event) -> None:
         """Append an event to events.jsonl."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from optpipe import building, data, graph, quality, store, timing, tune
 from optpipe.errors import UsageError
 from optpipe.lab.engines import Engines
-from optpipe.lab.names import plan_name
+from optpipe.lab.names import candidate_of, plan_name, request_name
 from optpipe.lab.nesting import begin
+from optpipe.lab.pool import Pool
 from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject, refuse_other_size
 from optpipe.lab.teaching import teachers_of
 from optpipe.types import (
@@ -22,6 +23,7 @@ from optpipe.types import (
     Emit,
     EngineCount,
     Event,
+    Fingerprint,
     Fit,
     Fitted,
     Plan,
@@ -77,10 +79,14 @@ class Lab:
         emit: Emit,
         *,
         checkpoint_every: int = 50,
+        pool: Pool | None = None,
+        measured_by: Fingerprint | None = None,
     ) -> None:
         """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused.
 
-        ``checkpoint_every`` is how many steps a candidate trains between two checkpoints.
+        ``checkpoint_every`` is how many steps a candidate trains between two checkpoints. A ``pool`` answers
+        what can be answered elsewhere, latencies never. With ``measured_by`` nothing is timed here, as in
+        :class:`~optpipe.lab.engines.Engines`.
         """
         self._run = run
         self._subject = subject
@@ -90,7 +96,11 @@ class Lab:
         self._checkpoint_every = checkpoint_every
         self._resolutions = Resolutions(subject.calibration)
         self._validation = None if subject.validation is None else Resolutions(subject.validation)
-        self._engines = Engines(run, subject, self._resolutions, bench, clock, epoch, emit)
+        self._engines = Engines(
+            run, subject, self._resolutions, bench, clock, epoch, emit, measured_by=measured_by
+        )
+        self._pool = pool
+        self._batches = 0
         self._timed: dict[Plan, Trial] = {}
         self._scores: dict[Plan, Quality] = {}
 
@@ -109,16 +119,18 @@ class Lab:
         With its quality as it was last measured, by the trial or by a training of the same plan.
         """
         return tuple(
-            _candidate(plan, trial, self._scores.get(plan), chosen=plan == chosen)
+            candidate_of(plan, trial, self._scores.get(plan), chosen=plan == chosen)
             for plan, trial in self._timed.items()
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests, from the store where they are there."""
         answers: list[Answer] = []
+        self._hand_over(self._batches, requests)
+        self._batches += 1
         for number, request in enumerate(requests, start=1):
             watch = timing.Stopwatch()
-            name = _name(request)
+            name = request_name(request)
             self._emit(Event("begin", name, "", number, len(requests)))
             if isinstance(request, Step):
                 answer, origin = self._step(request)
@@ -137,6 +149,53 @@ class Lab:
             )
             self._emit(Event("trial", name, origin, number, len(requests), watch.seconds, fields))
         return answers
+
+    def compute(self, request: Request) -> None:
+        """Put an answer into the store, but for a latency."""
+        if isinstance(request, Step):
+            self._step(request)
+        elif isinstance(request, Train):
+            self._train(request)
+        elif isinstance(request, Fit):
+            self._fit(request)
+        else:
+            self._examined(request)
+
+    def _hand_over(self, batch: int, requests: Sequence[Request]) -> None:
+        """Have the pool answer what is slow and not stored yet."""
+        if self._pool is None:
+            return
+        wanted = [place for place, request in enumerate(requests) if self._awaited(request)]
+        if len(wanted) < self._pool.least:
+            return
+        count, answered = len(wanted), 0
+        self._emit(Event("note", "workers", f"{count} requests are handed over"))
+
+        def done(place: int, worker: str) -> None:
+            nonlocal answered
+            answered += 1
+            name = request_name(requests[place])
+            self._emit(Event("trial", name, f"computed by {worker}", answered, count))
+
+        self._pool.compute(batch, wanted, done)
+
+    def _awaited(self, request: Request) -> bool:
+        """Whether a request takes long, and its answer is not in the store yet."""
+        if isinstance(request, Step):
+            key = self._key("step", request.name, request.depends)
+            return self._run.answer("trials", key, "step.json", StepResult) is None
+        if isinstance(request, Train):
+            key = self._train_key(self._resolved(request))
+            unscored = (
+                request.score is not None
+                and self._run.answer("trials", key, "trained.json", TrainedRecord) is None
+            )
+            return unscored or not self._run.weights(key).exists()
+        if isinstance(request, Fit):
+            return not self._run.weights(self._fit_key(request)).exists()
+        slow = request.tune is not None or set(request.wants) != {"latency"}
+        key = self._key("trial", request, self._device)
+        return slow and self._run.answer("trials", key, "trial.json", TrialRecord) is None
 
     def _remember(self, request: Request, answer: Answer) -> None:
         """Keep what the report shows of a candidate."""
@@ -169,8 +228,8 @@ class Lab:
 
     def _train(self, request: Train) -> tuple[Answer, Origin]:
         """A trained candidate; its weights stay with the run, for whoever goes on from them."""
-        request = replace(request, tune=tune.on_this_machine(request.tune, self._device))
-        key = self._key("train", request, self._device, *self._scored_by(request))
+        request = self._resolved(request)
+        key = self._train_key(request)
         watch = timing.Stopwatch()
         path = self._run.weights(key)
         origin: Origin = "reused" if path.exists() else "computed"
@@ -183,6 +242,12 @@ class Lab:
         digest = store.file_sha256(path)
         measured = self._scored(request, key, candidate, digest)
         return Trained(key, candidate, digest, measured, watch.seconds), origin
+
+    def _resolved(self, request: Train) -> Train:
+        return replace(request, tune=tune.on_this_machine(request.tune, self._device))
+
+    def _train_key(self, request: Train) -> str:
+        return self._key("train", request, self._device, *self._scored_by(request))
 
     def _begin(self, request: Train) -> fx.GraphModule:
         """The request's candidate before its training."""
@@ -266,7 +331,7 @@ class Lab:
     def _fit(self, request: Fit) -> tuple[Answer, Origin]:
         """What a method makes and trains itself; its weights stay with the run."""
         tuning = tune.on_this_machine(request.tune, self._device)
-        key = self._key("fit", request.name, request.depends, tuning, self._device)
+        key = self._fit_key(request)
         watch = timing.Stopwatch()
         path = self._run.weights(key)
         origin: Origin = "reused" if path.exists() else "computed"
@@ -292,19 +357,14 @@ class Lab:
         module.eval().requires_grad_(False)
         return Fitted(key, module, store.file_sha256(path), watch.seconds), origin
 
+    def _fit_key(self, request: Fit) -> str:
+        tuning = tune.on_this_machine(request.tune, self._device)
+        return self._key("fit", request.name, request.depends, tuning, self._device)
+
     # ------------------------------------------------------------ trials
 
     def _trial(self, ask: Ask) -> tuple[Answer, Origin]:
-        # Training on another device rounds otherwise.
-        key = self._key("trial", ask, self._device)
-        origin: Origin = "reused"
-        stored = self._run.answer("trials", key, "trial.json", TrialRecord)
-        if stored is None:
-            record, origin = self._examine(key, ask), "computed"
-            self._run.store_answer("trials", key, "trial.json", record)
-        else:
-            record = stored[0]
-            origin = "cached" if stored[1] else "reused"
+        key, record, origin = self._examined(ask)
         latency = None
         if "latency" in ask.wants:
             latency, timed = self._engines.latency(ask.plan)
@@ -313,6 +373,17 @@ class Lab:
             key, ask, record.parameters, record.macs, latency, record.quality, record.distance, record.seconds
         )
         return trial, origin
+
+    def _examined(self, ask: Ask) -> tuple[str, TrialRecord, Origin]:
+        """A trial's key and all that it says without an engine."""
+        # Training on another device rounds otherwise.
+        key = self._key("trial", ask, self._device)
+        stored = self._run.answer("trials", key, "trial.json", TrialRecord)
+        if stored is not None:
+            return key, stored[0], "cached" if stored[1] else "reused"
+        record = self._examine(key, ask)
+        self._run.store_answer("trials", key, "trial.json", record)
+        return key, record, "computed"
 
     def _examine(self, key: str, ask: Ask) -> TrialRecord:
         """All that a trial can say without an engine: its size, and after tuning, its errors."""
@@ -361,26 +432,3 @@ class Lab:
             candidate = graph.fold(candidate)
         store.save_tensors(folder / store.WEIGHTS, candidate.state_dict())
         return candidate
-
-
-def _name(request: Request) -> str:
-    """What the console calls a request."""
-    if isinstance(request, Step | Fit):
-        return request.name
-    return f"trained {plan_name(request.plan)}" if isinstance(request, Train) else plan_name(request.plan)
-
-
-def _candidate(plan: Plan, trial: Trial, measured: Quality | None, *, chosen: bool) -> Candidate:
-    latency = trial.latency
-    # Candidates are never timed but beside the original.
-    assert latency is not None and latency.ratio_to_original is not None and latency.ratio_ci95 is not None
-    return Candidate(
-        name=plan_name(plan),
-        parameters=trial.parameters,
-        macs=trial.macs,
-        median_ms=latency.median_ms,
-        ratio=latency.ratio_to_original,
-        ratio_ci95=latency.ratio_ci95,
-        quality=measured,
-        chosen=chosen,
-    )

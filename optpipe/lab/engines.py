@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optpipe import building, files, graph, store, timing
+from optpipe.errors import RunError
 from optpipe.lab.subject import KEY_VERSION, Clock, Origin, Resolutions, Subject
-from optpipe.types import Emit, Engine, EngineCount, Event, Latency, Plan, Session
+from optpipe.types import Emit, Engine, EngineCount, Event, Fingerprint, Latency, Plan, Session
 
 if TYPE_CHECKING:
     from torch import fx
@@ -42,8 +43,13 @@ class Engines:
         clock: Clock,
         epoch: int,
         emit: Emit,
+        *,
+        measured_by: Fingerprint | None = None,
     ) -> None:
-        """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused."""
+        """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused.
+
+        With ``measured_by`` nothing is timed here: latencies are those that such a machine left in the run.
+        """
         self._run = run
         self._subject = subject
         self._resolutions = resolutions
@@ -51,7 +57,8 @@ class Engines:
         self._clock = clock
         self._epoch = epoch
         self._emit = emit
-        self._fingerprint = bench.backend.fingerprint(bench.target)
+        self._times = measured_by is None
+        self._fingerprint = measured_by or bench.backend.fingerprint(bench.target)
         self._baseline: Session | None = None
         self._asked = 0
         self._records: dict[str, tuple[EngineRecord, Origin]] = {}
@@ -86,6 +93,8 @@ class Engines:
         self._asked += 1
         if key not in self._records:
             stored = self._run.answer("engines", key, "latency.json", EngineRecord)
+            if stored is None and not self._times:
+                raise RunError(f"{self._run.engine_folder(key)}: a latency that a worker needs is not there")
             if stored is None:
                 self._records[key] = self._time(model, plan, key), "computed"
                 return self._records[key][0].latency, "computed"

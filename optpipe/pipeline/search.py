@@ -9,11 +9,12 @@ import numpy as np
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import UsageError
-from optpipe.lab import Clock, Lab, Subject, begin, drive, refuse_other_size
-from optpipe.pipeline import engines, memory
+from optpipe.lab import begin, drive, refuse_other_size
+from optpipe.pipeline import engines, memory, workers
+from optpipe.pipeline.laboratory import laboratory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
-from optpipe.types import Choice, Emit, Event, Plan, Scene
+from optpipe.types import Choice, Emit, Event, Plan
 
 
 def ingest(setup: Setup, opened: store.Run) -> Ingested:
@@ -63,31 +64,8 @@ def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit)
 def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Analyzed:
     """Drive the method's search against the budget."""
     recipe = setup.recipe
-    subject = Subject(
-        setup.original, setup.model_digest, setup.calibration, recipe.run.seed, setup.validation
-    )
-    clock = Clock(recipe.timing.tolerance, recipe.timing.budget_s)
-    lab = Lab(
-        opened,
-        subject,
-        setup.bench,
-        clock,
-        ingested.epoch,
-        emit,
-        checkpoint_every=recipe.run.checkpoint_every,
-    )
-    scene = Scene(
-        model=setup.original,
-        graph=setup.graph,
-        calibration=setup.calibration,
-        baseline=ingested.latency,
-        budget=recipe.budget,
-        recover=setup.recover,
-        seed=recipe.run.seed,
-        device=setup.device,
-        native_bf16=tune.native_bf16(setup.device),
-        validation=setup.validation,
-    )
+    pool = workers.pool_of(setup, opened, ingested, emit)
+    lab, scene = laboratory(setup, opened, ingested, emit, pool=pool)
     try:
         choice = drive(setup.method.search(scene, setup.config), lab)
         if choice.recover.loss != "labels":
@@ -101,6 +79,8 @@ def analyze(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
         return Analyzed(choice, lab.engines, 0.0, lab.candidates(choice.plan))
     finally:
         lab.close()
+        if pool is not None:
+            pool.close()
 
 
 def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:

@@ -1,0 +1,33 @@
+"""Workers beside the process that drives a search: on this machine, or on a Ray cluster.
+
+Nothing of a search is sent to a worker. It loads the same recipe, replays the same search from the same
+store, and so comes to the same requests; all that it is told is the place of the one it is to answer. Its
+answer lies in the store as the driver's own would, under the same key.
+"""
+
+from __future__ import annotations
+
+from optpipe import store
+from optpipe.lab import Pool
+from optpipe.pipeline.workers.local import LocalPool
+from optpipe.pipeline.workers.replica import Assignment
+from optpipe.preparation import Setup
+from optpipe.results import Ingested
+from optpipe.types import Emit
+
+
+def pool_of(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Pool | None:
+    """The workers that the recipe asks for; None where this process computes alone.
+
+    Raises:
+        MissingError: Ray is not installed, or no cluster listens at the address.
+    """
+    run = setup.recipe.run
+    if run.workers == "serial":
+        return None
+    assignment = Assignment.of(setup, opened, ingested)
+    if run.local_workers is not None:
+        return LocalPool(assignment, run.local_workers, emit)
+    from optpipe.pipeline.workers.cluster import RayPool
+
+    return RayPool(assignment, run.address, run.worker_cpus, run.worker_gpus, emit)

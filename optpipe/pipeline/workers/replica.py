@@ -1,0 +1,112 @@
+"""One worker: a replica of the search that answers single requests of it into the shared store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from optpipe import preparation, store, tune
+from optpipe.errors import RunError
+from optpipe.pipeline.laboratory import laboratory
+from optpipe.pipeline.synthesizing import synthesized
+from optpipe.preparation import Setup
+from optpipe.recipe import Recipe
+from optpipe.results import Ingested
+from optpipe.types import Emit, Fingerprint, Request, Search
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker must know to replay a search: plain data, small, the same for all workers.
+
+    ``fingerprint`` is of the machine that times, whose latencies the search has seen. ``device`` and
+    ``native_bf16`` are what the driver's torch computes with: on others the same request has other keys.
+    """
+
+    recipe: Recipe
+    folder: Path
+    cache: Path | None
+    fingerprint: Fingerprint
+    model_digest: str
+    calibration_digest: str
+    device: str
+    native_bf16: bool
+
+    @classmethod
+    def of(cls, setup: Setup, opened: store.Run, ingested: Ingested) -> Assignment:
+        """That of a prepared run, whose backend is chosen already."""
+        recipe = setup.recipe
+        target = dataclasses.replace(recipe.target, backend=setup.target.backend)
+        return cls(
+            recipe=dataclasses.replace(recipe, target=target),
+            folder=opened.folder,
+            cache=opened.cache,
+            fingerprint=ingested.latency.fingerprint,
+            model_digest=setup.model_digest,
+            calibration_digest=setup.calibration.digest,
+            device=setup.device,
+            native_bf16=tune.native_bf16(setup.device),
+        )
+
+
+class Replica:
+    """The search of an assignment, replayed as far as the last batch that was asked for."""
+
+    def __init__(self, assignment: Assignment, emit: Emit) -> None:
+        """Load the model and the images.
+
+        Raises:
+            OptpipeError: they are not there, or this machine would compute something else.
+        """
+        self._assignment = assignment
+        self._emit = emit
+        self._opened = store.Run(assignment.folder, assignment.cache)
+        if not (assignment.folder / store.RECIPE).is_file():
+            raise RunError(
+                f"{assignment.folder}: this worker does not see the run's folder; a run with workers on "
+                "other machines needs a folder that all of them share (--out)"
+            )
+        self._setup = synthesized(preparation.prepare(assignment.recipe), self._opened, emit)
+        _refuse_other(self._setup, assignment)
+        self._begin()
+
+    def _begin(self) -> None:
+        ingested = self._opened.stage_result("ingest", Ingested)
+        if ingested is None:
+            raise RunError(f"{self._assignment.folder}: is not ingested, so there is nothing to work for")
+        self._lab, scene = laboratory(
+            self._setup, self._opened, ingested, self._emit, measured_by=self._assignment.fingerprint
+        )
+        self._search: Search = self._setup.method.search(scene, self._setup.config)
+        self._batch = 0
+        self._requests: Sequence[Request] = next(self._search)
+
+    def compute(self, batch: int, place: int) -> None:
+        """Answer the request at ``place`` of a batch into the store.
+
+        Raises:
+            OptpipeError: it failed, or an answer of an earlier batch is missing.
+        """
+        if batch < self._batch:
+            self._begin()
+        while self._batch < batch:
+            self._requests = self._search.send(self._lab.answer(self._requests))
+            self._batch += 1
+        self._lab.compute(self._requests[place])
+
+
+def _refuse_other(setup: Setup, assignment: Assignment) -> None:
+    here = {
+        "model": (setup.model_digest, assignment.model_digest),
+        "calibration images": (setup.calibration.digest, assignment.calibration_digest),
+        "device to train on": (setup.device, assignment.device),
+        "support of bfloat16": (tune.native_bf16(setup.device), assignment.native_bf16),
+    }
+    for name, (found, wanted) in here.items():
+        if found != wanted:
+            raise RunError(
+                f"{assignment.recipe.path}: this worker has another {name} ({found}) than the run "
+                f"({wanted}), and would compute something else"
+            )

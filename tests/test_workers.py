@@ -1,0 +1,307 @@
+"""Workers that replay a search: the same answers under the same keys as the driver's own, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from test_pipeline import write_recipe
+from whole_runs import Ran, forget, recovered_sha256, take
+
+from optpipe import preparation, store
+from optpipe import recipe as recipes
+from optpipe.errors import RunError, UsageError
+from optpipe.lab import Pool
+from optpipe.pipeline.workers.local import LocalPool
+from optpipe.pipeline.workers.replica import Assignment, Replica
+from optpipe.results import Ingested
+from optpipe.types import Event
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[1]
+# Every block's adaptors are trained, which is what workers are for.
+SETS = ('method.scorer="exact"', "method.exact_steps=4", "export.precisions=[]", 'recover.autocast="off"')
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe; runs in it share their latencies."""
+    folder = tmp_path_factory.mktemp("workers")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serial(home: Path) -> Ran:
+    """The run that this process alone makes."""
+    return take(prepared(home, "serial"), home / "serial")
+
+
+def prepared(home: Path, workers: str, *more: str) -> preparation.Setup:
+    sets = (*SETS, f'run.workers="{workers}"', *more)
+    return preparation.prepare(recipes.load(home / "small.toml", sets))
+
+
+def trials(folder: Path) -> dict[str, str]:
+    """What each trial of a run says, but for how long it took."""
+    return {
+        path.parent.name: "".join(line for line in path.read_text().splitlines() if '"seconds"' not in line)
+        for path in folder.glob("trials/*/*.json")
+    }
+
+
+@pytest.fixture
+def unanswered(home: Path, serial: Ran, tmp_path: Path) -> Path:
+    """A copy of the run whose search has no answer but latencies yet."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial.folder, folder)
+    shutil.rmtree(folder / "trials")
+    forget(folder, "analyze", "prune", "recover", "export", "benchmark")
+    return folder
+
+
+def assignment_of(home: Path, folder: Path) -> Assignment:
+    opened = store.Run(folder, None)
+    ingested = opened.stage_result("ingest", Ingested)
+    assert ingested is not None
+    return Assignment.of(prepared(home, "local:2"), opened, ingested)
+
+
+def scored_batch(events: list[Event]) -> tuple[int, int]:
+    """Which batch of the search asks for the blocks' errors, and how many of them."""
+    batch, places = -1, 0
+    for event in events:
+        if event.kind == "trial" and event.done == 1:
+            batch += 1
+        if event.kind == "trial" and batch == 1:
+            places = event.total or 0
+    return 1, places
+
+
+# ---------------------------------------------------------------- one worker
+
+
+def test_a_replica_answers_each_request_by_its_place_under_the_drivers_keys(
+    home: Path, serial: Ran, unanswered: Path
+) -> None:
+    replica = Replica(assignment_of(home, unanswered), lambda event: None)
+    batch, places = scored_batch(serial.events)
+    assert places == 2
+    for place in range(places):  # the batch before it asks for latencies, which are there
+        replica.compute(0, place)
+    for place in reversed(range(places)):
+        replica.compute(batch, place)
+    wanted = trials(serial.folder)
+    assert wanted
+    assert {key: wanted.get(key) for key in trials(unanswered)} == trials(unanswered)
+
+
+def test_a_replica_times_nothing(home: Path, unanswered: Path) -> None:
+    shutil.rmtree(unanswered / "engines")
+    replica = Replica(assignment_of(home, unanswered), lambda event: None)
+    with pytest.raises(RunError, match="a latency that a worker needs is not there"):
+        replica.compute(1, 0)
+
+
+def test_a_replica_without_the_runs_folder_says_that_it_must_be_shared(home: Path, serial: Ran) -> None:
+    assignment = assignment_of(home, serial.folder)
+    gone = Assignment(**{name: getattr(assignment, name) for name in assignment.__slots__} | {"folder": home})
+    with pytest.raises(RunError, match="needs a folder that all of them share"):
+        Replica(gone, lambda event: None)
+
+
+def test_a_replica_that_would_compute_something_else_refuses(home: Path, serial: Ran) -> None:
+    assignment = assignment_of(home, serial.folder)
+    names = {name: getattr(assignment, name) for name in assignment.__slots__}
+    for name, value in (("model_digest", "x"), ("calibration_digest", "x"), ("device", "cuda")):
+        with pytest.raises(RunError, match="would compute something else"):
+            Replica(Assignment(**names | {name: value}), lambda event: None)
+
+
+@pytest.mark.parametrize("workers", ["", "local", "local:0", "local:-1", "local:two", "dask", "serial:2"])
+def test_other_workers_are_refused(home: Path, workers: str) -> None:
+    with pytest.raises(UsageError, match=r'\[run\] workers = ".*": must be "serial", "local:N" or "ray"'):
+        recipes.load(home / "small.toml", (f'run.workers="{workers}"',))
+
+
+def test_who_computes_is_no_part_of_what_is_computed(home: Path) -> None:
+    frozen = {prepared(home, workers).frozen for workers in ("serial", "local:2", "ray")}
+    assert len(frozen) == 1
+
+
+# ---------------------------------------------------------------- processes of this machine
+
+
+@pytest.fixture
+def pool(home: Path, unanswered: Path) -> Iterator[tuple[Pool, list[Event]]]:
+    events: list[Event] = []
+    pool = LocalPool(assignment_of(home, unanswered), 2, events.append)
+    try:
+        yield pool, events
+    finally:
+        pool.close()
+
+
+def test_processes_answer_as_this_one_does(
+    serial: Ran, unanswered: Path, pool: tuple[Pool, list[Event]]
+) -> None:
+    done: list[tuple[int, str]] = []
+    pool[0].compute(1, [0, 1], lambda place, worker: done.append((place, worker)))
+    assert sorted(place for place, _ in done) == [0, 1]
+    assert {name for _, name in done} <= {"worker 1", "worker 2"}
+    wanted = trials(serial.folder)
+    found = trials(unanswered)
+    assert len(found) == 4  # each block's size, which its latency was asked with, and its error
+    assert {key: wanted.get(key) for key in found} == found
+
+
+@pytest.mark.slow
+def test_what_a_dead_worker_was_at_is_given_to_another(
+    serial: Ran, unanswered: Path, pool: tuple[Pool, list[Event]]
+) -> None:
+    killing = threading.Thread(target=kill_first_child, args=(lambda: children(os.getpid()),))
+    killing.start()
+    pool[0].compute(1, [0, 1], lambda place, worker: None)
+    killing.join()
+    assert [event.detail for event in pool[1] if event.kind == "warning"] == [
+        "died (signal 9); another takes its request over"
+    ]
+    wanted, found = trials(serial.folder), trials(unanswered)
+    assert len(found) == 4  # each block's size, which its latency was asked with, and its error
+    assert {key: wanted.get(key) for key in found} == found
+
+
+@pytest.mark.slow
+def test_workers_that_all_die_end_the_run_with_a_reason(
+    unanswered: Path, pool: tuple[Pool, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(unanswered))
+    (unanswered / "sitecustomize.py").write_text("import os\nos._exit(9)\n")
+    with pytest.raises(RunError, match="3 workers died over one request, perhaps for want of memory"):
+        pool[0].compute(1, [0, 1], lambda place, worker: None)
+
+
+@pytest.mark.slow
+def test_a_request_that_fails_fails_the_run_with_its_own_words(
+    unanswered: Path, pool: tuple[Pool, list[Event]]
+) -> None:
+    shutil.rmtree(unanswered / "engines")
+    with pytest.raises(RunError, match="a latency that a worker needs is not there"):
+        pool[0].compute(1, [0, 1], lambda place, worker: None)
+
+
+@pytest.mark.slow
+def test_a_run_with_workers_comes_to_the_plan_and_the_weights_of_one_without(home: Path, serial: Ran) -> None:
+    found = take(prepared(home, "local:2"), home / "local")
+    assert found.choice.plan == serial.choice.plan
+    assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
+    assert children(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_workers_die_with_their_driver(home: Path, serial: Ran) -> None:
+    """Killed at once, a driver cannot end its workers; they must see it themselves."""
+    command = [sys.executable, "-m", "optpipe.cli", "run", str(home / "small.toml"), "--out"]
+    sets = [
+        word for one in (*SETS, "method.exact_steps=3000", "run.workers=local:2") for word in ("--set", one)
+    ]
+    driver = subprocess.Popen(
+        [*command, str(home / "killed"), *sets],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    workers = wait_for(lambda: two(children(driver.pid)))
+    driver.kill()
+    driver.wait()
+    wait_for(lambda: all(not alive(worker) for worker in workers) or None)
+
+
+# ---------------------------------------------------------------- a cluster
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_ray_cluster_that_loses_a_node_comes_to_the_same_plan(
+    home: Path, serial: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+    events: list[Event] = []
+    lost: list[str] = []
+
+    def told(event: Event) -> None:
+        events.append(event)
+        if not lost and event.detail.startswith("computed by a worker"):
+            lost.append(event.name)
+            cluster.remove_node(other, allow_graceful=False)
+
+    try:
+        setup = prepared(home, "ray", f'run.address="{cluster.address}"')
+        from optpipe import pipeline
+
+        pipeline.run(setup, home / "ray", fresh=False, emit=told)
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+    assert lost, "no request came back from a worker"
+    found = Ran(setup, home / "ray", serial.report, events)
+    assert found.choice.plan == serial.choice.plan
+    assert trials(home / "ray") == trials(serial.folder)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def children(parent: int) -> list[int]:
+    """Workers that a process has begun and that still live."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                of = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            if of == parent and b"optpipe.pipeline.workers.process" in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def two(found: list[int]) -> list[int] | None:
+    return found if len(found) == 2 else None
+
+
+def kill_first_child(find: Callable[[], list[int]]) -> None:
+    (first, *_) = wait_for(lambda: find() or None)
+    time.sleep(1.0)  # it is at its request, or on the way to it
+    os.kill(first, signal.SIGKILL)
+
+
+def alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def wait_for(look: Callable[[], T | None], seconds: float = 120) -> T:
+    """What ``look`` finds, as soon as it finds something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
