@@ -17,10 +17,11 @@ import pytest
 from test_pipeline import write_recipe
 from whole_runs import Ran, forget, recovered_sha256, take
 
-from optpipe import preparation, store
+from optpipe import cli, preparation, store
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import Pool
+from optpipe.pipeline.workers import offer
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
@@ -29,12 +30,19 @@ from optpipe.types import Event
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 # Every block's adaptors are trained, which is what workers are for.
-SETS = ('method.scorer="exact"', "method.exact_steps=4", "export.precisions=[]", 'recover.autocast="off"')
+# No run takes its answers from another: both blocks go, whatever they are measured to save.
+SETS = (
+    'method.scorer="exact"',
+    "method.exact_steps=4",
+    "export.precisions=[]",
+    'recover.autocast="off"',
+    "run.cache=false",
+)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe; runs in it share their latencies."""
+    """A folder with a recipe."""
     folder = tmp_path_factory.mktemp("workers")
     write_recipe(folder)
     return folder
@@ -204,6 +212,9 @@ def test_a_run_with_workers_comes_to_the_plan_and_the_weights_of_one_without(hom
     found = take(prepared(home, "local:2"), home / "local")
     assert found.choice.plan == serial.choice.plan
     assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
+    assert trials(found.folder) == trials(serial.folder)
+    answered = [detail for name, detail in found.details("trial") if detail.startswith("computed by worker")]
+    assert len(answered) == 2
     assert children(os.getpid()) == []
 
 
@@ -250,16 +261,32 @@ def test_a_ray_cluster_that_loses_a_node_comes_to_the_same_plan(
             cluster.remove_node(other, allow_graceful=False)
 
     try:
+        nodes = [one for one in offer.examine(cluster.address, home) if one.subject.startswith("node")]
+        assert [(one.fine, one.detail) for one in nodes] == [(True, "1 cores, 0 GPUs")] * 2
         setup = prepared(home, "ray", f'run.address="{cluster.address}"')
         from optpipe import pipeline
 
         pipeline.run(setup, home / "ray", fresh=False, emit=told)
     finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
     assert lost, "no request came back from a worker"
     found = Ran(setup, home / "ray", serial.report, events)
     assert found.choice.plan == serial.choice.plan
     assert trials(home / "ray") == trials(serial.folder)
+
+
+def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor", "--workers"])
+    assert f'{os.cpu_count()} cores; workers = "local:' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_doctor_exits_3_where_no_cluster_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--address", "127.0.0.1:1"])
+    assert ended.value.code == 3
+    assert "missing cluster at 127.0.0.1:1" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- processes

@@ -69,8 +69,10 @@ def rebuild(run: Path, *, gpu: bool, backend: str | None, out: Path | None, debu
 @click.command()
 @click.option("--gpu", is_flag=True, help="What engines on an NVIDIA GPU take, and a self-test of them.")
 @click.option("--self-test", is_flag=True, help="Build, compare and time a small engine of each kind.")
+@click.option("--workers", is_flag=True, help="What workers a run can have here.")
+@click.option("--address", metavar="HOST:PORT", help="And on the Ray cluster that listens there.")
 @DEBUG
-def doctor(*, gpu: bool, self_test: bool, debug: bool) -> None:
+def doctor(*, gpu: bool, self_test: bool, workers: bool, address: str | None, debug: bool) -> None:
     """Say what this machine can run, and what is missing for the rest."""
     from optpipe import environment
 
@@ -82,8 +84,14 @@ def doctor(*, gpu: bool, self_test: bool, debug: bool) -> None:
         if finding.needed and not finding.fine:
             lacking.append(finding.subject)
 
-    for finding in environment.examine_gpu() if gpu else environment.examine(Path.cwd()):
-        show(finding)
+    if workers or address:
+        from optpipe.pipeline.workers import offer
+
+        for finding in offer.examine(address, Path.cwd()):
+            show(finding)
+    else:
+        for finding in environment.examine_gpu() if gpu else environment.examine(Path.cwd()):
+            show(finding)
     if gpu or self_test:
         from optpipe import selftest
 

@@ -7,6 +7,7 @@ with the process that drives the search: start it on the machine that is the tar
 from __future__ import annotations
 
 import logging
+import socket
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,36 @@ ASK_AGAIN_S = 2.0
 """How long to wait for an answer before looking whether the cluster has room for more workers."""
 
 
+def join(address: str) -> Any:
+    """The module ray, joined to the cluster at ``address``.
+
+    Raises:
+        MissingError: Ray is not installed, or no cluster listens there.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingError(
+            '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
+        ) from None
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MissingError(
+            f'[run] address = "{address}": no Ray cluster answers there: {_one_line(error)}; begin one with '
+            "ray start --head, on one of its machines"
+        ) from None
+    return ray
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray itself would wait there for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 class Remote:
     """What Ray runs on a node: a replica that is made with its first request."""
 
@@ -36,8 +67,6 @@ class Remote:
 
     def compute(self, batch: int, place: int) -> tuple[str, str, str]:
         """Answer a request; returns the node's name, and the kind and text of an error, empty if none."""
-        import socket
-
         node = socket.gethostname()
         try:
             self._replica = self._replica or Replica(self._assignment, _tell_nobody)
@@ -63,20 +92,8 @@ class RayPool:
         Raises:
             MissingError: Ray is not installed, or no cluster listens there.
         """
-        try:
-            import ray
-        except ImportError:
-            raise MissingError(
-                '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
-            ) from None
+        ray = join(address)
         self._ray: Any = ray
-        self._mine = not ray.is_initialized()
-        try:
-            if self._mine:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise MissingError(f'[run] address = "{address}": no Ray cluster answers there: {said}') from None
         self._emit = emit
         self._needs = {"CPU": float(cpus), "GPU": float(gpus)}
         self._assignment = ray.put(assignment)
@@ -119,8 +136,7 @@ class RayPool:
             self._ray.kill(worker)
         self._workers.clear()
         self._coming.clear()
-        if self._mine:
-            self._ray.shutdown()
+        self._ray.shutdown()
 
     def _staff(self, count: int) -> None:
         """Ask for as many workers as the cluster can hold; RunError where it cannot hold a single one.
