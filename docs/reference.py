@@ -118,7 +118,7 @@ def _methods() -> list[str]:
 
 
 def _package(room: str) -> Path:
-    return Path(inspect.getfile(recipes)).parent / room
+    return Path(inspect.getfile(recipes)).parents[1] / room
 
 
 def _section(section: Section) -> str:

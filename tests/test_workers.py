@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ import pytest
 from test_pipeline import write_recipe
 from whole_runs import Ran, forget, recovered_sha256, take
 
-from optpipe import cli, preparation, store
+from optpipe import cli, pipeline, preparation, store
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import Pool
@@ -122,17 +123,21 @@ def test_a_replica_times_nothing(home: Path, unanswered: Path) -> None:
 
 def test_a_replica_without_the_runs_folder_says_that_it_must_be_shared(home: Path, serial: Ran) -> None:
     assignment = assignment_of(home, serial.folder)
-    gone = Assignment(**{name: getattr(assignment, name) for name in assignment.__slots__} | {"folder": home})
+    gone = replace(assignment, folder=home)
     with pytest.raises(RunError, match="needs a folder that all of them share"):
         Replica(gone, lambda event: None)
 
 
 def test_a_replica_that_would_compute_something_else_refuses(home: Path, serial: Ran) -> None:
     assignment = assignment_of(home, serial.folder)
-    names = {name: getattr(assignment, name) for name in assignment.__slots__}
-    for name, value in (("model_digest", "x"), ("calibration_digest", "x"), ("device", "cuda")):
+    for other in (
+        replace(assignment, model_digest="x"),
+        replace(assignment, calibration_digest="x"),
+        replace(assignment, device="cuda"),
+        replace(assignment, native_bf16=not assignment.native_bf16),
+    ):
         with pytest.raises(RunError, match="would compute something else"):
-            Replica(Assignment(**names | {name: value}), lambda event: None)
+            Replica(other, lambda event: None)
 
 
 @pytest.mark.parametrize("workers", ["", "local", "local:0", "local:-1", "local:two", "dask", "serial:2"])
@@ -144,6 +149,14 @@ def test_other_workers_are_refused(home: Path, workers: str) -> None:
 def test_who_computes_is_no_part_of_what_is_computed(home: Path) -> None:
     frozen = {prepared(home, workers).frozen for workers in ("serial", "local:2", "ray")}
     assert len(frozen) == 1
+
+
+def test_a_network_without_a_name_has_no_workers(home: Path) -> None:
+    setup = prepared(home, "local:2")
+    nameless = replace(setup.recipe, model=replace(setup.recipe.model, name="live:Net"))
+    with pytest.raises(UsageError, match="each loads the network by its name, and this one has none"):
+        pipeline.run(replace(setup, recipe=nameless), home / "nameless", fresh=False, emit=lambda event: None)
+    assert not (home / "nameless").exists()
 
 
 # ---------------------------------------------------------------- processes of this machine
@@ -264,8 +277,6 @@ def test_a_ray_cluster_that_loses_a_node_comes_to_the_same_plan(
         nodes = [one for one in offer.examine(cluster.address, home) if one.subject.startswith("node")]
         assert [(one.fine, one.detail) for one in nodes] == [(True, "1 cores, 0 GPUs")] * 2
         setup = prepared(home, "ray", f'run.address="{cluster.address}"')
-        from optpipe import pipeline
-
         pipeline.run(setup, home / "ray", fresh=False, emit=told)
     finally:
         cluster.shutdown()

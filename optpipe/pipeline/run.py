@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from optpipe import contest, environment, files, selection, store, timing
 from optpipe.errors import UsageError
-from optpipe.pipeline import curves, leakage
+from optpipe.pipeline import curves, leakage, workers
 from optpipe.pipeline.assembly import assemble, known_beforehand
 from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
 from optpipe.pipeline.shipping import benchmark, export
@@ -27,10 +27,12 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
     """Take a prepared recipe through the six stages; a run that was interrupted goes on where it was.
 
     Raises:
-        UsageError: the folder holds another run, or the recipe asks for curves that cannot be drawn.
+        UsageError: the folder holds another run, or the recipe asks for curves that cannot be drawn, or for
+            workers that cannot load the network.
         RunError: a stage failed; what was done before it stays done.
     """
     curves.refuse(setup)
+    workers.refuse(setup)
     cache = folder.resolve().parent / ".optpipe-cache" if setup.recipe.run.cache and not fresh else None
     with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache) as opened:
 

@@ -8,12 +8,23 @@ answer lies in the store as the driver's own would, under the same key.
 from __future__ import annotations
 
 from optpipe import store
+from optpipe.errors import UsageError
 from optpipe.lab import Pool
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment
 from optpipe.preparation import Setup
 from optpipe.results import Ingested
 from optpipe.types import Emit
+
+
+def refuse(setup: Setup) -> None:
+    """UsageError where workers could not load the network."""
+    recipe = setup.recipe
+    if recipe.run.workers != "serial" and recipe.model.name.startswith("live:"):
+        raise UsageError(
+            f'{recipe.path}: [run] workers = "{recipe.run.workers}": each loads the network by its name, and '
+            'this one has none; give architecture = "package.module:function", or take workers = "serial"'
+        )
 
 
 def pool_of(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Pool | None:
