@@ -127,6 +127,8 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {
         "files",
         "preparation",
+        "recipe",
+        "version",
         "results",
         "lab",
         "landscape",

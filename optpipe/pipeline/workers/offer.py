@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from optpipe import __version__, tune
+from optpipe import tune
 from optpipe.environment import Finding
 from optpipe.errors import MissingError
 from optpipe.pipeline.workers.cluster import join
+from optpipe.version import __version__
 
 Facts = tuple[str, str, str, bool, bool]
 """Python's, torch's and optpipe's versions, native bfloat16, and whether a file of the driver is there."""
