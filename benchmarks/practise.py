@@ -133,6 +133,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--exact-steps", type=int, default=0, help="correlation: of adaptors; 0 is without [0]"
     )
+    parser.add_argument(
+        "--label", default="", help="in the names of runs and results, to keep those of another machine apart"
+    )
     runs.add_options(parser, "practise", RECIPE)
     parser.set_defaults(network=None, seeds=None)
     arguments = parser.parse_args(words)
@@ -179,9 +182,10 @@ def steps_of(arguments: argparse.Namespace) -> int:
 
 
 def named(arguments: argparse.Namespace) -> str:
-    """What tells a call's runs and results from those of another network, recipe or number of steps."""
+    """What tells a call's runs and results from those of another network, recipe, number of steps or machine."""
     parts = [arguments.network, f"{steps_of(arguments)}steps"]
     parts += [] if arguments.recipe == RECIPE else [arguments.recipe.stem]
+    parts += [arguments.label] if arguments.label else []
     return "".join(f"-{part}" for part in parts)
 
 

@@ -115,6 +115,8 @@ def test_the_papers_scale_is_resnet56_for_2000_steps_and_five_draws(tmp_path: Pa
     assert (arguments.network, arguments.full, arguments.seeds) == ("resnet56", True, [0, 1, 2, 3, 4])
     assert practise.steps_of(arguments) == 2000
     assert practise.named(arguments) == "-resnet56-2000steps"
+    other = practise.parse(["images", "--paper", "--label", "epyc"])
+    assert practise.named(other) == "-resnet56-2000steps-epyc"
     assert loaded(jobs(tmp_path, "images", "--paper")[0]).model.name == "zoo:resnet56_cifar"
     smaller = practise.parse(call(tmp_path, "images", "--paper", "--network", "resnet20", "--seeds", "7"))
     assert (smaller.network, smaller.seeds) == ("resnet20", [7])
