@@ -47,14 +47,19 @@ def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image moved by up to an eighth of its size each way; what comes in is its reflection."""
-    count, _, height, width = images.shape
+    height, width = images.shape[2:]
     pad_h, pad_w = max(1, round(height * SHIFT_SHARE)), max(1, round(width * SHIFT_SHARE))
-    padded = F.pad(images, (pad_w, pad_w, pad_h, pad_h), mode="reflect")
-    top = torch.randint(0, 2 * pad_h + 1, (count,), generator=generator)
-    left = torch.randint(0, 2 * pad_w + 1, (count,), generator=generator)
-    rows = (top[:, None] + torch.arange(height)).to(images.device)
-    columns = (left[:, None] + torch.arange(width)).to(images.device)
-    index = torch.arange(count, device=images.device)[:, None, None]
+    return crop(F.pad(images, (pad_w, pad_w, pad_h, pad_h), mode="reflect"), (height, width), generator)
+
+
+def crop(padded: torch.Tensor, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """A part (N, C, H, W) of each larger image, of ``size`` (H, W), at a random place of its own."""
+    count, _, height, width = padded.shape
+    top = torch.randint(0, height - size[0] + 1, (count,), generator=generator)
+    left = torch.randint(0, width - size[1] + 1, (count,), generator=generator)
+    rows = (top[:, None] + torch.arange(size[0])).to(padded.device)
+    columns = (left[:, None] + torch.arange(size[1])).to(padded.device)
+    index = torch.arange(count, device=padded.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
