@@ -57,6 +57,27 @@ def test_the_statistics_distance_is_that_of_means_and_of_variances() -> None:
     assert flat.item() == 0
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5)])
+def test_the_statistics_distance_has_the_gradient_of_its_definition(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = (3 + torch.randn(shape, generator=generator)).requires_grad_()
+    mean, variance = torch.randn(5, generator=generator), torch.rand(5, generator=generator)
+    places = [0, *range(2, len(shape))]
+    own_variance, own_mean = torch.var_mean(features, places, correction=0)
+    expected = (own_mean - mean).norm() + (own_variance - variance).norm()
+    found = synthesis.statistics_distance(features, mean, variance)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, features), torch.autograd.grad(expected, features), rtol=1e-4, atol=1e-6
+    )
+    # In bfloat16 the statistics are float32, and the gradient is as fine as the features are.
+    coarse = features.detach().bfloat16().requires_grad_()
+    half = synthesis.statistics_distance(coarse, mean, variance)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0.01, atol=0)
+    assert torch.autograd.grad(half, coarse)[0].dtype == torch.bfloat16
+
+
 def test_total_variation_sums_the_norms_of_four_directions() -> None:
     image = torch.tensor([[[[0.0, 3.0], [4.0, 1.0]]]])
     # Down: 4, -2. Right: 3, -3. Diagonals: 1 and 4 - 3.
