@@ -2,17 +2,24 @@
 
 Pixels are what is trained: until the network takes each image for its class, until batch statistics at every
 batch-norm are those that it keeps of its training data, and until neighbours are alike.
+
+Deliberate deviations. A network keeps the statistics of its training images *as they were augmented*: one
+that was trained on crops with black borders asks for black where no image has any, and images that are only
+rolled put it inside. So the jitter may be such crops, and by default a short trial says which of the two the
+network has seen (:func:`settled`). Images begin as noise with the spectrum of photographs, which is nearer
+to what is wanted than white noise (:func:`natural_noise`), and Adam averages over more steps.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from optpipe.augment import flip
+from optpipe.augment import crop, flip
 from optpipe.errors import RunError, UsageError
-from optpipe.types import Synthesis
+from optpipe.types import Jitter, Synthesis
 
 HALVED_FROM = 224
 """Images of this size and above are first made at half of it."""
@@ -32,7 +39,14 @@ HALF_SHARE = 2 / 3
 """The share of the steps at half the size; the details take fewer."""
 
 JITTER_SHARE = 1 / 8
-"""How far an image is rolled before a step: 4 pixels of 32."""
+"""How far an image is moved before a step: 4 pixels of 32."""
+
+TRIAL_STEPS = 40
+TRIAL_IMAGES = 64
+TRIAL_VIEWS = 4
+"""What it takes to see which jitter a network's statistics are of."""
+
+JITTERS: tuple[Literal["roll", "pad"], ...] = ("roll", "pad")
 
 TOLD_EVERY = 50
 
@@ -173,16 +187,30 @@ def watched(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def objective(
-    network: nn.Module, images: Tensor, labels: Tensor, settings: Synthesis, student: nn.Module | None = None
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Synthesis,
+    student: nn.Module | None = None,
+    *,
+    view: Tensor | None = None,
+    half: bool = False,
 ) -> Tensor:
-    """What images (N, C, H, W), normalised, are trained to make small (Eqs 2, 3 and 8)."""
-    with watched(network) as distances:
-        logits = network(images)
+    """What images (N, C, H, W), normalised, are trained to make small (Eqs 2, 3 and 8).
+
+    The networks look at their ``view``, at the images themselves where there is none; ``half`` has them
+    compute in bfloat16. Variation and l2 are of the images: the border of a view is not theirs.
+    """
+    seen = (images if view is None else view).contiguous(memory_format=torch.channels_last)
+    with watched(network) as distances, torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        logits = network(seen)
     loss = F.cross_entropy(logits.float(), labels) + settings.statistics * torch.stack(distances).sum()
     loss = loss + settings.tv * total_variation(images) + settings.l2 * l2(images)
     if student is None or not settings.competition:
         return loss
-    return loss + settings.competition * competition(logits, student(images))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        answers = student(seen)
+    return loss + settings.competition * competition(logits, answers)
 
 
 # ---------------------------------------------------------------- images
@@ -213,37 +241,80 @@ def synthesize(
     first: int = 0,
     device: str = "cpu",
     student: nn.Module | None = None,
+    half: bool = False,
     told: Told = lambda done, loss: None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Batch after batch of pixels (N, H, W, C), beginning with batch ``first`` of :func:`split`.
 
     Every batch hangs on the seed and its number alone: one that begins later is the same. ``told`` hears the
-    steps done since the very first batch and the loss. The networks stay as they are.
+    steps done since the very first batch and the loss; ``half`` computes in bfloat16. The networks stay as
+    they are.
 
     Raises:
         UsageError: the network has no batch-norm.
         RunError: the loss is no longer finite.
     """
     normalisations(network)
+    settings = settled(network, wanted, settings, device=device, half=half)
     network = _frozen(network, device)
     rival = None if student is None or not settings.competition else _frozen(student, device)
     parts = split(len(wanted.labels), settings.batch)
     for number in range(first, len(parts)):
         before = number * settings.steps
         labels = torch.from_numpy(wanted.labels[parts[number]]).to(device)
-        sequence = np.random.SeedSequence((wanted.seed, number))
-        entropy = int(sequence.generate_state(1, np.uint64)[0])
-        generator = torch.Generator().manual_seed(entropy >> 1)
 
         def tell(done: int, loss: float, before: int = before) -> None:
             told(before + done, loss)
 
-        images = _batch(network, rival, labels, wanted, settings, generator, tell)
+        generator = _generator(wanted.seed, number)
+        images = _batch(network, rival, labels, wanted, settings, generator, half, tell)
         yield to_pixels(images, wanted.mean, wanted.std)
 
 
+def settled(
+    network: nn.Module, wanted: Wanted, settings: Synthesis, *, device: str = "cpu", half: bool = False
+) -> Synthesis:
+    """The settings with a jitter that is decided: the one under which a short trial comes nearer.
+
+    Both trials begin with the same noise, look at classes and statistics alone, and hang on the seed; nothing
+    but the network is asked. RunError where its answers are not finite.
+    """
+    if settings.jitter != "auto":
+        return settings
+    network = _frozen(network, device)
+    steps = min(settings.steps, TRIAL_STEPS)
+    alone = dataclasses.replace(settings, steps=steps, tv=0.0, l2=0.0, statistics=1.0, competition=0.0)
+    labels = torch.from_numpy(wanted.labels[: min(settings.batch, TRIAL_IMAGES)]).to(device)
+    distances: dict[Jitter, float] = {}
+    for jitter in JITTERS:
+        trial, generator = dataclasses.replace(alone, jitter=jitter), _generator(wanted.seed, 0)
+        images = _batch(network, None, labels, wanted, trial, generator, half, lambda done, loss: None)
+        distances[jitter] = _distance(network, images, wanted, jitter, generator)
+    return dataclasses.replace(settings, jitter=min(distances, key=distances.__getitem__))
+
+
+def _distance(
+    network: nn.Module, images: Tensor, wanted: Wanted, jitter: Jitter, generator: torch.Generator
+) -> float:
+    """How far the statistics of a few views of images are from those kept, all layers summed."""
+    black, total = _limits(wanted, images.device)[0], 0.0
+    for _ in range(TRIAL_VIEWS):
+        with torch.inference_mode(), watched(network) as distances:
+            network(jittered(jitter, images, black, generator))
+        total += torch.stack(distances).sum().item()
+    return total
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The draws of batch ``number``."""
+    sequence = np.random.SeedSequence((seed, number))
+    entropy = int(sequence.generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(entropy >> 1)
+
+
 def _frozen(network: nn.Module, device: str) -> nn.Module:
-    return copy.deepcopy(network).to(device).eval().requires_grad_(False)
+    copied = copy.deepcopy(network).to(device).eval().requires_grad_(False)
+    return copied.to(memory_format=torch.channels_last)
 
 
 def _batch(
@@ -253,6 +324,7 @@ def _batch(
     wanted: Wanted,
     settings: Synthesis,
     generator: torch.Generator,
+    half: bool,
     told: Told,
 ) -> Tensor:
     """Normalised images (N, C, H, W) of one batch."""
@@ -261,17 +333,18 @@ def _batch(
     if wanted.halved and min(height, width) >= HALVED_FROM and settings.steps > 1:
         early = round(settings.steps * HALF_SHARE)
         sizes, steps = [(height // 2, width // 2), *sizes], [early, settings.steps - early]
-    images = torch.randn(len(labels), channels, *sizes[0], generator=generator).to(labels.device)
+    images = natural_noise((len(labels), channels, *sizes[0]), generator).to(labels.device)
     low, high = _limits(wanted, labels.device)
     done = 0
     for size, count in zip(sizes, steps, strict=True):
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         images = images.detach().clamp(low, high).requires_grad_()
-        adam = torch.optim.Adam([images], lr=settings.lr, betas=(0.5, 0.9))
+        adam = torch.optim.Adam([images], lr=settings.lr, betas=(0.9, 0.99))
         for step in range(count):
             adam.param_groups[0]["lr"] = settings.lr * (1 + math.cos(math.pi * step / count)) / 2
-            loss = objective(network, _jittered(images, generator), labels, settings, student)
+            view = jittered(settings.jitter, images, low, generator)
+            loss = objective(network, images, labels, settings, student, view=view, half=half)
             # Of the images alone: the weights are somebody else's.
             (images.grad,) = torch.autograd.grad(loss, images)
             adam.step()
@@ -283,11 +356,36 @@ def _batch(
     return images.detach()
 
 
-def _jittered(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch rolled by one random way, each image mirrored or not, so that no place is special."""
-    moves = [round(side * JITTER_SHARE) for side in images.shape[2:]]
-    ways = [int(torch.randint(-move, move + 1, (1,), generator=generator)) for move in moves]
-    return flip(torch.roll(images, ways, dims=(2, 3)), generator)
+def natural_noise(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Noise (N, C, H, W) of unit variance whose amplitude falls with frequency as 1/f.
+
+    So it does in photographs (Field, 1987), to which it has a shorter way than white noise has: that leaves
+    a grain which the batch-norms hardly see and a few hundred steps do not take out.
+    """
+    height, width = shape[2:]
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    frequency = (rows.square() + columns.square()).sqrt()
+    frequency[0, 0] = 1 / max(height, width)
+    spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator)) / frequency
+    noise: Tensor = torch.fft.irfft2(spectrum, s=(height, width))
+    return noise / noise.std()
+
+
+def jittered(kind: Jitter, images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+    """A view of each image (N, C, H, W), mirrored or not, moved so that no place is special.
+
+    "roll" rolls the batch one random way (DeepInversion); "pad" crops each image at a random place of its
+    own out of a border of ``black`` (C, 1, 1), as is customary in training on small images.
+    """
+    moves = [max(1, round(side * JITTER_SHARE)) for side in images.shape[2:]]
+    if kind == "roll":
+        ways = [int(torch.randint(-move, move + 1, (1,), generator=generator)) for move in moves]
+        return flip(torch.roll(images, ways, dims=(2, 3)), generator)
+    if kind == "pad":
+        (tall, wide), (height, width) = moves, images.shape[2:]
+        bordered = F.pad(images - black, (wide, wide, tall, tall)) + black
+        return flip(crop(bordered, (height, width), generator), generator)
+    raise ValueError(f"no jitter is named {kind!r}")
 
 
 def _finite(loss: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from itertools import islice
 
@@ -14,10 +15,10 @@ from torch import nn
 from optpipe import synthesis
 from optpipe.data.preparing import normalised
 from optpipe.errors import RunError, UsageError
-from optpipe.types import Synthesis
+from optpipe.types import Jitter, Synthesis
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-FEW = Synthesis(steps=6, lr=0.1, batch=4)
+FEW = Synthesis(steps=6, lr=0.1, batch=4, jitter="roll")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,73 @@ def test_the_objective_adds_the_weighted_terms(network: nn.Sequential) -> None:
     assert loss(competition=4.0) == pytest.approx(entropy + 4 * rivalry, rel=1e-5)
 
 
+def test_networks_see_the_view_and_priors_the_images(network: nn.Sequential) -> None:
+    images, view = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    labels, settings = torch.tensor([0, 1, 2, 3]), Synthesis(tv=3.0, l2=0.5)
+    found = synthesis.objective(network, images, labels, settings, view=view)
+    none = Synthesis(tv=0.0, l2=0.0)
+    of_images = 3 * synthesis.total_variation(images) + 0.5 * synthesis.l2(images)
+    torch.testing.assert_close(found, synthesis.objective(network, view, labels, none) + of_images)
+    half = synthesis.objective(network, images, labels, settings, view=view, half=True)
+    assert half.dtype == torch.float32 and half != found
+    torch.testing.assert_close(half, found, rtol=0.02, atol=0)
+
+
 # ---------------------------------------------------------------- images
+
+
+def test_noise_to_begin_with_has_amplitudes_that_fall_as_one_over_frequency() -> None:
+    noise = synthesis.natural_noise((64, 3, 32, 48), torch.Generator().manual_seed(0))
+    assert noise.std().item() == pytest.approx(1, abs=1e-4)
+    amplitude = torch.fft.rfft2(noise).abs().square().mean((0, 1)).sqrt()
+    # Down at 2/32 and 8/32 of a cycle a pixel, across at 3/48 and 12/48.
+    assert (amplitude[2, 0] / amplitude[8, 0]).item() == pytest.approx(4, rel=0.15)
+    assert (amplitude[0, 3] / amplitude[0, 12]).item() == pytest.approx(4, rel=0.15)
+    assert (amplitude[2, 0] / amplitude[0, 3]).item() == pytest.approx(1, rel=0.15)
+
+
+def test_views_are_crops_of_their_own_out_of_a_black_border() -> None:
+    black = torch.tensor([-1.0, -2.0, -3.0]).view(3, 1, 1)
+    images = torch.rand(40, 3, 16, 8, generator=torch.Generator().manual_seed(0))
+    views = synthesis.jittered("pad", images, black, torch.Generator().manual_seed(1))
+    assert views.shape == images.shape
+    border = (views == black).all(1)
+    assert torch.equal(border, (views < 0).any(1))
+    # Two pixels of 16 down and one of 8 across, in any number of the images up to all of them.
+    missing = {(int(one.all(1).sum()), int(one.all(0).sum())) for one in border}
+    assert missing == {(down, across) for down in range(3) for across in range(2)}
+    for number in (number for number, one in enumerate(border) if not one.any()):
+        same = [
+            torch.allclose(views[number], one, atol=1e-6) for one in (images[number], images[number].flip(2))
+        ]
+        assert any(same)
+    with pytest.raises(ValueError, match="no jitter is named 'shake'"):
+        synthesis.jittered("shake", images, black, torch.Generator())  # type: ignore[arg-type]
+
+
+def test_views_that_are_rolled_hold_the_same_pixels() -> None:
+    images = torch.rand(5, 3, 16, 8, generator=torch.Generator().manual_seed(0))
+    views = synthesis.jittered("roll", images, torch.zeros(3, 1, 1), torch.Generator().manual_seed(2))
+    assert not torch.equal(views, images)
+    assert torch.equal(views.flatten(2).sort(2).values, images.flatten(2).sort(2).values)
+
+
+@pytest.mark.parametrize("seen", ["roll", "pad"])
+def test_the_jitter_is_that_of_the_images_whose_statistics_the_network_has(
+    network: nn.Sequential, seen: Jitter
+) -> None:
+    trained = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(0)
+    images = 0.5 + nn.functional.interpolate(torch.randn(64, 3, 4, 4, generator=generator), scale_factor=4.0)
+    black = -(torch.tensor(MEAN) / torch.tensor(STD)).view(3, 1, 1)
+    with torch.no_grad():
+        for _ in range(60):
+            trained.train()(synthesis.jittered(seen, images, black, generator))
+    asked = wanted(48, 16)
+    settings = Synthesis(batch=48, steps=200)
+    settled = synthesis.settled(trained.eval(), asked, settings)
+    assert settled == dataclasses.replace(settings, jitter=seen)
+    assert synthesis.settled(trained, asked, settled) is settled
 
 
 def test_labels_are_even_over_the_classes() -> None:
@@ -191,7 +258,7 @@ def test_the_network_stays_as_it_was(network: nn.Sequential) -> None:
 
 def test_steps_are_told_over_all_batches(network: nn.Sequential) -> None:
     told: list[int] = []
-    settings = Synthesis(steps=60, batch=1)
+    settings = Synthesis(steps=60, batch=1, jitter="roll")
     list(synthesis.synthesize(network, wanted(2), settings, told=lambda done, loss: told.append(done)))
     assert told == [50, 60, 110, 120]
 
@@ -213,7 +280,9 @@ def test_large_images_are_begun_at_half_their_size(
             answer: torch.Tensor = self.whole(images)
             return answer
 
-    (batch,) = synthesis.synthesize(Seeing(), wanted(2, 32, halved=halved), Synthesis(steps=3, batch=2))
+    (batch,) = synthesis.synthesize(
+        Seeing(), wanted(2, 32, halved=halved), Synthesis(steps=3, batch=2, jitter="roll")
+    )
     assert (seen, batch.shape) == (sizes, (2, 32, 32, 3))
 
 

@@ -134,7 +134,7 @@ def test_preparing_and_inspecting_make_no_image(recipe: Path) -> None:
 
 def test_the_frozen_recipe_holds_the_settings_and_prepares_to_the_same(recipe: Path) -> None:
     setup = prepare(recipe)
-    assert "[data.synthesize]\nsteps = 3\nlr = 0.1\nbatch = 4\n" in setup.frozen
+    assert "[data.synthesize]\nsteps = 3\nlr = 0.2\nbatch = 4\n" in setup.frozen
     recipe.write_text(setup.frozen, encoding="utf-8")
     assert prepare(recipe).frozen == setup.frozen
     table = RECIPE[RECIPE.index("[data.synthesize]") : RECIPE.index("[target]")]
@@ -232,6 +232,16 @@ def test_what_competes_is_the_original_without_its_cheapest_block(recipe: Path, 
     assert make(setup, tmp_path / "run")[0].calibration.digest != alone.digest
 
 
+def test_a_jitter_that_was_found_out_is_told(recipe: Path, tmp_path: Path) -> None:
+    def notes(folder: str, *overrides: str) -> list[str]:
+        told = make(prepare(recipe, *overrides), tmp_path / folder)[1]
+        return [event.detail for event in told if event.kind == "note"]
+
+    begun, found, took = notes("auto")
+    assert found in {f'jitter = "{one}" comes nearest to its statistics' for one in ("roll", "pad")}
+    assert notes("pad", 'data.synthesize.jitter="pad"')[:-1] == [begun] and took.startswith("took ")
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [
@@ -253,6 +263,10 @@ def test_what_competes_is_the_original_without_its_cheapest_block(recipe: Path, 
         ),
         ("data.synthesize.lr=0.0", "[data.synthesize] lr = 0.0: must be above 0 and finite"),
         ("data.synthesize.tv=-1.0", "[data.synthesize] tv = -1.0: must be finite and not below 0"),
+        (
+            "data.synthesize.jitter=shake",
+            "[data.synthesize] jitter = \"shake\": should be 'auto', 'roll' or 'pad'",
+        ),
         ("data.synthesize.stps=3", "[data.synthesize] stps = 3: unknown key; did you mean steps?"),
         (
             "data.calibration.source=evaluation.npz",

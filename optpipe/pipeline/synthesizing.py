@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optpipe import data, files, graph, store, synthesis, timing
+from optpipe import data, files, graph, store, synthesis, timing, tune
 from optpipe.errors import UsageError
 from optpipe.preparation import Setup
 from optpipe.report.contact import contact_sheet
@@ -68,11 +68,15 @@ def _made(setup: Setup, path: Path, emit: Emit) -> NDArray[np.uint8]:
     def told(done: int, loss: float) -> None:
         emit(Event("progress", "synthesis", f"loss {loss:.4g}", done, total))
 
-    watch = timing.Stopwatch()
+    watch, device = timing.Stopwatch(), setup.device
     emit(Event("note", "synthesis", f"{len(labels)} images from the original in {len(parts)} batches"))
     student = _student(setup) if settings.competition else None
+    half = tune.native_bf16(device)
+    settled = synthesis.settled(setup.original, wanted, settings, device=device, half=half)
+    if settled != settings:
+        emit(Event("note", "synthesis", f'jitter = "{settled.jitter}" comes nearest to its statistics'))
     for batch in synthesis.synthesize(
-        setup.original, wanted, settings, first=first, device=setup.device, student=student, told=told
+        setup.original, wanted, settled, first=first, device=device, student=student, half=half, told=told
     ):
         images = batch if images is None else np.concatenate([images, batch])
         with files.replacing(path) as temporary, temporary.open("wb") as file:

@@ -59,7 +59,7 @@ from optpipe.types.search import (
     Tune,
     Want,
 )
-from optpipe.types.synthesis import Synthesis
+from optpipe.types.synthesis import Jitter, Synthesis
 
 __all__ = [
     "Answer",
@@ -85,6 +85,7 @@ __all__ = [
     "Fitted",
     "Images",
     "Interim",
+    "Jitter",
     "Latency",
     "LayerTime",
     "LayerTimer",
