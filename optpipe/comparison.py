@@ -13,7 +13,7 @@ from pathlib import Path
 
 from optpipe import files, store
 from optpipe.errors import UsageError
-from optpipe.report import build, figures
+from optpipe.report import build, figures, html_tradeoff
 from optpipe.report.schema import Report
 from optpipe.types import Budget, Curve, Figure, Fingerprint, Quality, Target
 
@@ -94,6 +94,11 @@ def compare(runs: Sequence[Path], allowed: Allowed) -> Comparison:
     """
     if len(runs) < 2:
         raise UsageError(f"{runs[0] if runs else 'compare'}: name at least two runs to compare")
+    return side_by_side(runs, allowed)
+
+
+def side_by_side(runs: Sequence[Path], allowed: Allowed) -> Comparison:
+    """As :func:`compare`, of one run too."""
     rows = [_row(run, build.read(run)) for run in runs]
     marked = [_marked(row, rows[0], allowed) for row in rows]
     alike = len({(row.model, row.target) for row in rows}) == 1
@@ -151,8 +156,11 @@ def as_markdown(compared: Comparison) -> str:
     return "\n".join([*lines, "", _legend(compared, differs)]) + "\n"
 
 
-def figure(compared: Comparison) -> Figure:
-    """Accuracy over measured latency: each run, the originals, and the Pareto fronts of what compares."""
+def figure(compared: Comparison, names: Sequence[str] | None = None) -> Figure:
+    """Accuracy over measured latency: each run, the originals, and the Pareto fronts of what compares.
+
+    Each has its 95% intervals. Runs of one name share colour, marker and legend; by default each has its own.
+    """
     rows = compared.rows
     curves: list[Curve] = []
     for group in dict.fromkeys(_group(row) for row in rows):
@@ -161,9 +169,16 @@ def figure(compared: Comparison) -> Figure:
             curves.append(Curve("Pareto front", *_columns(front), style="line"))
     originals = dict.fromkeys(_original(row, compared.by_ratio) for row in rows)
     curves.append(Curve("original", *_columns(list(originals)), style="dots"))
-    for number, row in enumerate(rows, start=1):
-        name = f"{number} {row.method}{', front' if row.in_front else ''}"
-        curves.append(Curve(name, *_columns([_point(row, compared.by_ratio)]), style="dots"))
+    shown = names or [
+        f"{number} {row.method}{', front' if row.in_front else ''}"
+        for number, row in enumerate(rows, start=1)
+    ]
+    for name in dict.fromkeys(shown):
+        mine = [
+            _point(row, compared.by_ratio) for row, other in zip(rows, shown, strict=True) if other == name
+        ]
+        curves.append(Curve(name, *_columns(mine), style="dots"))
+    curves += dict.fromkeys(bar for row in rows for bar in _bars(row, compared.by_ratio))
     metrics = " or ".join(dict.fromkeys(row.result.quality.metric for row in rows))
     batch = ", ".join(dict.fromkeys(str(row.target.batch) for row in rows))
     x_label = "latency, % of the original's" if compared.by_ratio else f"latency, ms (batch {batch})"
@@ -342,6 +357,24 @@ def _group(row: Row) -> tuple[str, ...]:
 def _point(row: Row, by_ratio: bool) -> tuple[float, float]:
     """(latency, accuracy) in percent; the latency in ms where not ``by_ratio``."""
     return row.latency_ratio * 100 if by_ratio else row.result.median_ms, row.result.quality.value * 100
+
+
+def _bars(row: Row, by_ratio: bool) -> list[Curve]:
+    """The 95% intervals of a run, and of its original's accuracy.
+
+    Where latencies are in ms that of the ratio stands for them: what slowed both is out of it.
+    """
+    scale = 100 if by_ratio else row.result.median_ms / row.latency_ratio
+    low, high = (end * scale for end in row.latency_ratio_ci95)
+    at = _original(row, by_ratio)
+    return [
+        *html_tradeoff.bars(at, (at[0], at[0]), _percents(row.original.quality)),
+        *html_tradeoff.bars(_point(row, by_ratio), (low, high), _percents(row.result.quality)),
+    ]
+
+
+def _percents(quality: Quality) -> tuple[float, float]:
+    return quality.ci95[0] * 100, quality.ci95[1] * 100
 
 
 def _original(row: Row, by_ratio: bool) -> tuple[float, float]:

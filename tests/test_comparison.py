@@ -134,6 +134,37 @@ def test_a_run_that_another_or_the_original_beats_is_not_in_front(write_run: Wri
     assert front.y == pytest.approx((88, 91, 91.5)), "the original is the most accurate"
 
 
+def test_the_figure_has_each_accuracys_and_each_latencys_interval(write_run: WriteRun) -> None:
+    compared = comparison.compare([write_run("a"), write_run("b", top1=0.9, ratio=0.8)], comparison.Allowed())
+    drawn = comparison.figure(compared).curves
+    bars = [(curve.x, curve.y) for curve in drawn if curve.name == "95% interval"]
+    expected = [
+        ((100, 100), (89, 93)),  # the common original, once
+        ((75, 75), (88, 92)),
+        ((74, 76), (90.5, 90.5)),
+        ((80, 80), (88, 92)),
+        ((79, 81), (90, 90)),
+    ]
+    assert [round(end, 9) for bar in bars for ends in bar for end in ends] == [
+        end for bar in expected for ends in bar for end in ends
+    ]
+
+
+def test_intervals_in_milliseconds_are_as_wide_as_the_ratios(write_run: WriteRun) -> None:
+    runs = [write_run("a"), write_run("b", weights="b" * 64)]
+    compared = comparison.compare(runs, comparison.Allowed(models=True))
+    bars = [curve for curve in comparison.figure(compared).curves if curve.name == "95% interval"]
+    across = [curve.x for curve in bars if curve.y[0] == curve.y[1]]
+    assert across == [pytest.approx((8 * 0.74, 8 * 0.76))], "both are 6 ms of 8, at the same accuracy"
+
+
+def test_runs_of_one_name_look_alike(write_run: WriteRun) -> None:
+    runs = [write_run("a"), write_run("b", top1=0.9, ratio=0.8), write_run("c", top1=0.8)]
+    drawn = comparison.figure(comparison.compare(runs, comparison.Allowed()), ["one", "one", "other"]).curves
+    dots = {curve.name: curve.x for curve in drawn if curve.style == "dots"}
+    assert dots == {"original": (100,), "one": pytest.approx((75, 80)), "other": pytest.approx((75,))}
+
+
 def test_of_two_runs_that_are_equal_both_are_in_front(write_run: WriteRun) -> None:
     compared = comparison.compare([write_run("a"), write_run("b")], comparison.Allowed())
     assert [row.in_front for row in compared.rows] == [True, True]

@@ -140,6 +140,15 @@ def size_sheet(report: Report) -> Sheet:
     return Sheet(f"{SIZE_TITLE}: each network", columns, rows)
 
 
+def bars(
+    point: tuple[float, float], across: tuple[float, float], upright: tuple[float, float]
+) -> list[Curve]:
+    """The 95% intervals of a point, ``across`` that of x and ``upright`` that of y, if they have a width."""
+    x, y = point
+    lines = [[(x, upright[0]), (x, upright[1])], [(across[0], y), (across[1], y)]]
+    return [_line("95% interval", line) for line in lines if line[0] != line[1]]
+
+
 def _shipped(report: Report) -> Iterator[Network]:
     original, result = report.original, report.result
     yield Network(
@@ -202,12 +211,9 @@ def _fronts(placed: Sequence[Network]) -> Iterator[Curve]:
 def _intervals(one: Network) -> list[Curve]:
     if one.quality is None:
         return []
-    x, y = one.left * 100, _accuracy(one)
-    low, high = (bound * 100 for bound in one.quality.ci95)
-    lines = [[(x, low), (x, high)]]
-    if one.high > one.low:
-        lines.append([(one.low * 100, y), (one.high * 100, y)])
-    return [_line("95% interval", line) for line in lines]
+    low, high = one.quality.ci95
+    ends = (one.low * 100, one.high * 100), (low * 100, high * 100)
+    return bars((one.left * 100, _accuracy(one)), *ends)
 
 
 def _line(name: str, found: Sequence[tuple[float, float]]) -> Curve:
