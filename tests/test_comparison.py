@@ -137,7 +137,7 @@ def test_a_run_that_another_or_the_original_beats_is_not_in_front(write_run: Wri
 def test_the_figure_has_each_accuracys_and_each_latencys_interval(write_run: WriteRun) -> None:
     compared = comparison.compare([write_run("a"), write_run("b", top1=0.9, ratio=0.8)], comparison.Allowed())
     drawn = comparison.figure(compared).curves
-    bars = [(curve.x, curve.y) for curve in drawn if curve.name == "95% interval"]
+    bars = [(curve.x, curve.y) for curve in drawn if curve.style == "interval"]
     expected = [
         ((100, 100), (89, 93)),  # the common original, once
         ((75, 75), (88, 92)),

@@ -65,6 +65,17 @@ def test_a_surface_is_one_svg_element_with_its_labels() -> None:
         assert word in words(svg)
 
 
+def test_an_interval_is_a_thin_grey_line_beside_what_it_belongs_to() -> None:
+    curves = (
+        Curve("network", (0.5,), (0.9,), "dots"),
+        Curve("95% interval", (0.5, 0.5), (0.8, 1.0), "interval"),
+    )
+    root = ElementTree.fromstring(figure_svg(Figure("accuracy", "latency", "top1", curves)))
+    (drawn,) = [group for group in root.iter(f"{SVG}g") if group.get("id") == "interval1"]
+    (path,) = drawn.iter(f"{SVG}path")
+    assert "stroke: #7f7f7f; stroke-width: 0.8" in path.get("style", "")
+
+
 def test_a_scatter_has_its_labels_groups_and_note() -> None:
     svg = scatter_svg(dots(), "Fig. 2", x_label="validation loss", y_label="potential loss", note="r = 0.50")
     for word in ("Fig. 2", "r = 0.50", "validation loss", "potential loss", "L1", "random"):

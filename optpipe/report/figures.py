@@ -30,6 +30,7 @@ _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
 # Readable in print and by the colour-blind: Okabe and Ito's palette, without its yellow.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_GREY = "#7f7f7f"
 
 
 class Grid(Protocol):
@@ -192,6 +193,9 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
             clip_on=False,
             gid=f"points{number}",
         )
+    if curve.style == "interval":
+        (line,) = axes.plot(curve.x, curve.y, color=_GREY, linewidth=0.8, gid=f"interval{number}")
+        return line
     edge = [withStroke(linewidth=3, foreground="white")]
     dashes = _DASHES[look % len(_DASHES)]
     (line,) = axes.plot(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optpipe.report.html_parts import Entry, Sheet
 from optpipe.report.schema import Report
@@ -146,7 +146,8 @@ def bars(
     """The 95% intervals of a point, ``across`` that of x and ``upright`` that of y, if they have a width."""
     x, y = point
     lines = [[(x, upright[0]), (x, upright[1])], [(across[0], y), (across[1], y)]]
-    return [_line("95% interval", line) for line in lines if line[0] != line[1]]
+    drawn = [_line("95% interval", line) for line in lines if line[0] != line[1]]
+    return [replace(curve, style="interval") for curve in drawn]
 
 
 def _shipped(report: Report) -> Iterator[Network]:

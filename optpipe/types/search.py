@@ -245,12 +245,15 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points (x, y) of a figure, joined by a line in their order or each a dot; the legend has the name."""
+    """Points (x, y) of a figure, joined by a line in their order or each a dot; the legend has the name.
+
+    "interval" is the line of another point's uncertainty: thin and grey, whatever its name.
+    """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    style: Literal["line", "dots"] = "line"
+    style: Literal["line", "dots", "interval"] = "line"
 
 
 @dataclass(frozen=True, slots=True)
