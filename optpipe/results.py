@@ -35,6 +35,7 @@ class Ingested:
     """The original: its graph, its quality on the evaluation images, its latency by itself.
 
     ``engine`` is relative to the run's folder; what is timed beside it later is held against this one.
+    ``borrowed`` says that another run of the same sweep measured it.
     """
 
     graph: ModelGraph
@@ -45,6 +46,7 @@ class Ingested:
     engine_sha256: str
     epoch: int
     seconds: float
+    borrowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

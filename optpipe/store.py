@@ -11,6 +11,8 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RECIPE = "recipe.toml"
+CACHE = ".optpipe-cache"
 WEIGHTS = "weights.safetensors"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
@@ -75,9 +78,11 @@ class Run:
     Use :func:`open_run`; the lock is released when the context ends or the process dies.
     """
 
-    def __init__(self, folder: Path, cache: Path | None) -> None:
+    def __init__(self, folder: Path, cache: Path | None, *, lends: bool = False) -> None:
+        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too."""
         self.folder = folder
         self.cache = cache
+        self._lends = lends
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of a stage, numbered in the order of the pipeline."""
@@ -128,6 +133,30 @@ class Run:
         if self.cache is not None:
             write_atomically(self.cache / room / f"{key}-{name}", text)
 
+    def lend(self, room: str, key: str, path: Path) -> None:
+        """Let the other runs of a sweep have a file or folder of this run, which never changes again.
+
+        The first that is lent under a key stays. Nothing happens outside a sweep.
+        """
+        if self.cache is None or not self._lends:
+            return
+        target = self.cache / room / key
+        if not target.exists():
+            _duplicate(path, target)
+
+    def borrow(self, room: str, key: str, path: Path) -> bool:
+        """Take a file or folder that another run of a sweep has lent; whether there is one.
+
+        It is this run's own from then on, whatever becomes of the cache.
+        """
+        if self.cache is None or not self._lends:
+            return False
+        source = self.cache / room / key
+        if not source.exists():
+            return False
+        _duplicate(source, path)
+        return True
+
     def emit(self, event: Event) -> None:
         """Append an event to events.jsonl."""
         values = dataclasses.asdict(event)
@@ -142,10 +171,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None) -> Iterator[Run]:
+def open_run(
+    folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None, lends: bool = False
+) -> Iterator[Run]:
     """Open a run folder, new or to be resumed, and hold it.
 
-    ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted.
+    ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted. ``lends`` is for the runs
+    of a sweep, which have each other's files by the cache.
 
     Raises:
         UsageError: the folder holds another run or other files, or another process runs in it.
@@ -153,27 +185,33 @@ def open_run(folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None)
     folder = folder.resolve()
     if not folder.name:
         raise UsageError(f"{folder}: cannot hold a run; name another folder with --out")
+    with locked(folder):
+        refuse_other(folder, None if fresh else recipe_toml)
+        if fresh:
+            move_aside(folder)
+        for temporary in list(folder.rglob(".*.tmp")):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+        recorded = folder / RECIPE
+        if not recorded.exists():
+            write_atomically(recorded, recipe_toml)
+        with interruption.in_folder(folder):
+            yield Run(folder, cache, lends=lends)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which need not be there yet, for this process alone.
+
+    Raises:
+        UsageError: another process holds it, or its parent cannot be written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
-    with _locked(folder):
-        _refuse_foreign(folder)
-        if fresh and folder.exists():
-            _move_aside(folder)
-        for temporary in folder.rglob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
-        recorded = folder / RECIPE
-        if recorded.exists():
-            _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
-        else:
-            write_atomically(recorded, recipe_toml)
-        with interruption.in_folder(folder):
-            yield Run(folder, cache)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     try:
         lock = path.open("a")
@@ -187,6 +225,14 @@ def _locked(folder: Path) -> Iterator[None]:
                 f"{folder}: another optpipe is running in this folder; wait for it or name another --out"
             ) from None
         yield
+
+
+def refuse_other(folder: Path, recipe_toml: str | None) -> None:
+    """UsageError where a folder holds something else than a run of this recipe, or of any if it is None."""
+    _refuse_foreign(folder)
+    recorded = folder / RECIPE
+    if recipe_toml is not None and recorded.exists():
+        _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -225,11 +271,42 @@ def _difference(a: Mapping[str, object], b: Mapping[str, object], prefix: str = 
     return found
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
+    """Give a folder another name, if it is there."""
+    if not folder.exists():
+        return
     number = 1
     while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     folder.rename(old)
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """The whole of a file or folder at another place, or nothing.
+
+    A file is linked where the disk can: files of a run are replaced, never written to. Those of a folder are
+    copied, since engines may be built anew in their places.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+            _link(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise write_failure(error, target) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def _read(path: Path, cls: type[T]) -> T | None:

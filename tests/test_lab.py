@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -426,6 +427,27 @@ def test_what_was_trained_is_taken_from_the_run_and_known_by_its_weights(
     assert (resumed.key, resumed.digest) == (answer.key, answer.digest)
     assert same_weights(resumed.network, answer.network)
     assert not resumed.network.training
+
+
+def test_another_run_of_the_sweep_has_what_was_trained_and_keeps_it(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, *, lends: bool = True) -> store.Run:
+        return store.Run(tmp_path / name, tmp_path / "cache", lends=lends)
+
+    answer = open_bench(run("first"), subject).trained(Train(FIRST, LEARN, SOME))
+    apart = open_bench(run("apart", lends=False), subject)
+    apart.trained(Train(FIRST, LEARN, SOME))
+    assert apart.origins == ["computed"], "other runs train themselves"
+    monkeypatch.delattr(tune, "train")
+    second = open_bench(run("second"), subject)
+    taken = second.trained(Train(FIRST, LEARN, SOME))
+    assert second.origins == ["cached"]
+    assert (taken.key, taken.digest) == (answer.key, answer.digest)
+    shutil.rmtree(tmp_path / "cache")
+    again = open_bench(run("second"), subject)
+    assert again.trained(Train(FIRST, LEARN, SOME)).digest == answer.digest
+    assert again.origins == ["reused"]
 
 
 @pytest.mark.parametrize("teachers", ["none", "single"])

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -308,6 +309,54 @@ def test_an_answer_of_another_run_comes_from_the_cache(tmp_path: Path) -> None:
     assert second.answer("engines", "k", "step.json", StepResult) is None
     without = opened(tmp_path / "third")
     assert without.answer("trials", "k", "step.json", StepResult) is None
+
+
+def test_the_runs_of_a_sweep_have_each_others_files_and_keep_them(tmp_path: Path) -> None:
+    first = store.Run(tmp_path / "first", tmp_path / "cache", lends=True)
+    second = store.Run(tmp_path / "second", tmp_path / "cache", lends=True)
+    assert not second.borrow("trained", "k", second.folder / "weights")
+    for path, text in ((first.folder / "weights", "w"), (first.folder / "stage" / "a" / "engine", "e")):
+        files.write_atomically(path, text)
+    first.lend("trained", "k", first.folder / "weights")
+    first.lend("ingest", "k", first.folder / "stage")
+    assert second.borrow("trained", "k", second.folder / "weights")
+    assert second.borrow("ingest", "k", second.folder / "stage")
+    shutil.rmtree(tmp_path / "cache")
+    assert (second.folder / "weights").read_text() == "w"
+    (second.folder / "stage" / "a" / "engine").write_text("built anew here")
+    assert (first.folder / "stage" / "a" / "engine").read_text() == "e"
+
+
+def test_runs_outside_a_sweep_lend_no_files(tmp_path: Path) -> None:
+    first = store.Run(tmp_path / "first", tmp_path / "cache")
+    files.write_atomically(first.folder / "weights", "w")
+    first.lend("trained", "k", first.folder / "weights")
+    assert not (tmp_path / "cache").exists()
+    files.write_atomically(tmp_path / "cache" / "trained" / "k", "w")
+    assert not store.Run(tmp_path / "second", tmp_path / "cache").borrow("trained", "k", tmp_path / "weights")
+    assert not store.Run(tmp_path / "third", None, lends=True).borrow("trained", "k", tmp_path / "weights")
+
+
+def test_a_file_is_copied_where_the_disk_has_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*paths: Path) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", refused)
+    run = store.Run(tmp_path / "run", tmp_path / "cache", lends=True)
+    files.write_atomically(run.folder / "weights", "w")
+    run.lend("trained", "k", run.folder / "weights")
+    assert run.borrow("trained", "k", run.folder / "again")
+    assert (run.folder / "again").read_text() == "w"
+
+
+def test_what_a_killed_process_had_half_copied_goes_when_the_run_is_opened(tmp_path: Path) -> None:
+    with store.open_run(tmp_path / "run", RECIPE, fresh=False, cache=None) as run:
+        (run.folder / ".01-ingest.1.tmp" / "engines").mkdir(parents=True)
+        (run.folder / ".01-ingest.1.tmp" / ".model.onnx.1.tmp").write_text("half")
+    with store.open_run(tmp_path / "run", RECIPE, fresh=False, cache=None) as run:
+        assert [path.name for path in run.folder.iterdir()] == ["recipe.toml"]
 
 
 def test_a_broken_answer_is_none(tmp_path: Path) -> None:

@@ -190,9 +190,10 @@ class Lab:
                 request.score is not None
                 and self._run.answer("trials", key, "trained.json", TrainedRecord) is None
             )
-            return unscored or not self._run.weights(key).exists()
+            return unscored or self._kept(key, self._run.weights(key)) == "computed"
         if isinstance(request, Fit):
-            return not self._run.weights(self._fit_key(request)).exists()
+            key = self._fit_key(request)
+            return self._kept(key, self._run.weights(key)) == "computed"
         slow = request.tune is not None or set(request.wants) != {"latency"}
         key = self._key("trial", request, self._device)
         return slow and self._run.answer("trials", key, "trial.json", TrialRecord) is None
@@ -232,13 +233,14 @@ class Lab:
         key = self._train_key(request)
         watch = timing.Stopwatch()
         path = self._run.weights(key)
-        origin: Origin = "reused" if path.exists() else "computed"
-        if origin == "reused":
+        origin = self._kept(key, path)
+        if origin != "computed":
             candidate = graph.apply(self._subject.original, request.plan, self._shape)
             store.load_tensors(candidate, path)
         else:
             candidate = self._begin(request)
             self._carry_out(request, candidate, path)
+        self._run.lend("trained", f"{key}.safetensors", path)  # a worker may have trained it
         digest = store.file_sha256(path)
         measured = self._scored(request, key, candidate, digest)
         return Trained(key, candidate, digest, measured, watch.seconds), origin
@@ -248,6 +250,12 @@ class Lab:
 
     def _train_key(self, request: Train) -> str:
         return self._key("train", request, self._device, *self._scored_by(request))
+
+    def _kept(self, key: str, path: Path) -> Origin:
+        """Whether weights are the run's own already, come from another run of a sweep, or must be trained."""
+        if path.exists():
+            return "reused"
+        return "cached" if self._run.borrow("trained", f"{key}.safetensors", path) else "computed"
 
     def _begin(self, request: Train) -> fx.GraphModule:
         """The request's candidate before its training."""
@@ -334,9 +342,9 @@ class Lab:
         key = self._fit_key(request)
         watch = timing.Stopwatch()
         path = self._run.weights(key)
-        origin: Origin = "reused" if path.exists() else "computed"
+        origin = self._kept(key, path)
         module, objective = request.make()
-        if origin == "reused":
+        if origin != "computed":
             store.load_tensors(module, path)
         else:
             checkpoint = path.with_name("checkpoint.safetensors")
@@ -354,6 +362,7 @@ class Lab:
             store.save_tensors(path, module.state_dict())
             checkpoint.unlink(missing_ok=True)
             tune.release(self._device)
+        self._run.lend("trained", f"{key}.safetensors", path)
         module.eval().requires_grad_(False)
         return Fitted(key, module, store.file_sha256(path), watch.seconds), origin
 

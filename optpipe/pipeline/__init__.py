@@ -4,6 +4,6 @@ Each stage is a function of the prepared :class:`~optpipe.preparation.Setup` and
 what it returns is stored when it is complete and read back when the run is resumed.
 """
 
-from optpipe.pipeline.run import run
+from optpipe.pipeline.run import check, run
 
-__all__ = ["run"]
+__all__ = ["check", "run"]

@@ -20,11 +20,15 @@ from optpipe.report import build, limits, schema
 from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Inputs, Pruned, Recovered, Results
 from optpipe.types import Emit, Event
 
+_INPUTS = "inputs.json"
 T = TypeVar("T", Ingested, Analyzed, Pruned, Recovered, Exported, Benchmarked)
 
 
-def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report:
+def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | None = None) -> schema.Report:
     """Take a prepared recipe through the six stages; a run that was interrupted goes on where it was.
+
+    Runs of one parent folder have each other's answers by the cache in it, unless this one is ``fresh``. The
+    runs of a sweep have them by ``shared``, and by it the ingest of one original and what each has trained.
 
     Raises:
         UsageError: the folder holds another run, or the recipe asks for curves that cannot be drawn, or for
@@ -33,8 +37,13 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
     """
     curves.refuse(setup)
     workers.refuse(setup)
-    cache = folder.resolve().parent / ".optpipe-cache" if setup.recipe.run.cache and not fresh else None
-    with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache) as opened:
+    cache = shared
+    if shared is None and not fresh:
+        cache = folder.resolve().parent / store.CACHE
+    if not setup.recipe.run.cache:
+        cache = None
+    lends = shared is not None
+    with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache, lends=lends) as opened:
 
         def tell(event: Event) -> None:
             opened.emit(event)
@@ -51,7 +60,7 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         for warning in known_beforehand(setup):
             tell(Event("warning", "run", warning))
         stages = Stages(opened, tell)
-        ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened))
+        ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened, tell))
         if opened.stage_result("analyze", Analyzed) is None:
             ingested = check_drift(setup, opened, ingested, tell)
         analyzed = stages.take("analyze", Analyzed, lambda: analyze(setup, opened, ingested, tell))
@@ -75,13 +84,36 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit) -> schema.Report
         return report
 
 
+def check(setup: Setup, folder: Path) -> None:
+    """Refuse at once what :func:`run`, were it not fresh, would refuse before its first stage.
+
+    Raises:
+        UsageError: the folder holds another run, or the recipe asks for curves that cannot be drawn, or for
+            workers that cannot load the network.
+    """
+    curves.refuse(setup)
+    workers.refuse(setup)
+    store.refuse_other(folder, setup.frozen)
+    if setup.recipe.data.synthesize is None:  # images that are to be made have no digest yet
+        _refuse_other_inputs(folder, _inputs(setup))
+
+
 def _check_inputs(setup: Setup, opened: store.Run) -> None:
     """Refuse to go on with another model or other images than the run was begun with."""
-    validation = None if setup.validation is None else setup.validation.digest
-    inputs = Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest, validation)
-    path = opened.folder / "inputs.json"
+    inputs, path = _inputs(setup), opened.folder / _INPUTS
     if not path.exists():
         files.write_atomically(path, store.to_json(inputs))
+    _refuse_other_inputs(opened.folder, inputs)
+
+
+def _inputs(setup: Setup) -> Inputs:
+    validation = None if setup.validation is None else setup.validation.digest
+    return Inputs(setup.model_digest, setup.calibration.digest, setup.evaluation.digest, validation)
+
+
+def _refuse_other_inputs(folder: Path, inputs: Inputs) -> None:
+    path = folder / _INPUTS
+    if not path.exists():
         return
     begun = store.from_json(Inputs, path.read_bytes())
     changed = [
@@ -91,7 +123,7 @@ def _check_inputs(setup: Setup, opened: store.Run) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{opened.folder}: was begun with other {' and '.join(changed)} data under the same name; name "
+            f"{folder}: was begun with other {' and '.join(changed)} data under the same name; name "
             "another folder with --out, or move that run aside with --fresh"
         )
 

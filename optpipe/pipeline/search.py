@@ -14,11 +14,15 @@ from optpipe.pipeline import engines, memory, workers
 from optpipe.pipeline.laboratory import laboratory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
-from optpipe.types import Choice, Emit, Event, Plan
+from optpipe.types import Choice, Emit, Engine, Event, Plan
 
 
-def ingest(setup: Setup, opened: store.Run) -> Ingested:
-    """Export, build, score and time the original."""
+def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
+    """Export, build, score and time the original, or take what another run of the sweep found of it."""
+    key = _original_key(setup)
+    borrowed = _borrowed(setup, opened, key, emit)
+    if borrowed is not None:
+        return borrowed
     folder = opened.stage_folder("ingest")
     engine = engines.build_original(setup, opened)
     with engines.session(setup.backend, setup.target, engine) as session:
@@ -31,7 +35,7 @@ def ingest(setup: Setup, opened: store.Run) -> Ingested:
     onnx = folder / building.ONNX
     if not onnx.exists():
         onnx_export.export(setup.original, setup.target.input_shape, setup.target.batch, onnx)
-    return Ingested(
+    found = Ingested(
         graph=setup.graph,
         quality=measured,
         latency=latency,
@@ -41,18 +45,70 @@ def ingest(setup: Setup, opened: store.Run) -> Ingested:
         epoch=0,
         seconds=0.0,
     )
+    files.write_atomically(folder / _LENT, store.to_json(found))
+    opened.lend("ingest", key, folder)
+    return found
+
+
+_LENT = "lent.json"
+"""What an ingest came to, among the files that go with it to other runs."""
+
+
+def _original_key(setup: Setup) -> str:
+    """sha256 over all that the original's engine, its logits and its latency depend on.
+
+    Calibration images decide an engine only where they choose its ranges, or what it keeps in float.
+    """
+    target, clock = setup.target, setup.recipe.timing
+    converts = target.precision not in {"fp32", "bf16"}
+    return store.digest(
+        "ingest 1",
+        setup.model_digest,
+        graph.structure_key(setup.original, target.input_shape, target.batch),
+        setup.evaluation.digest,
+        target,
+        setup.backend.fingerprint(target),
+        (clock.tolerance, clock.budget_s),
+        setup.recipe.run.seed,
+        *((setup.recipe.export.quantize, setup.calibration.digest) if converts else ()),
+    )
+
+
+def _borrowed(setup: Setup, opened: store.Run, key: str, emit: Emit) -> Ingested | None:
+    """What another run of the sweep found of the same original, its engine held against torch once more.
+
+    The images that it is held against are this run's own.
+    """
+    folder = opened.stage_folder("ingest")
+    if not opened.borrow("ingest", key, folder):
+        return None
+    try:
+        found = store.from_json(Ingested, (folder / _LENT).read_bytes())
+    except (OSError, ValueError):  # of another version: measured anew
+        return None
+    engine = Engine(opened.folder / found.engine, found.engine_sha256, build_s=0.0)
+    with engines.session(setup.backend, setup.target, engine) as session:
+        onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
+    emit(Event("note", "ingest", "the original as another run of this sweep measured it"))
+    return dataclasses.replace(found, graph=setup.graph, borrowed=True)
 
 
 def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
-    """On resume, time the original again; where it moved too far, begin a new epoch of latencies."""
-    if not any((opened.folder / "engines").glob("*/latency.json")):
+    """Time the original again where it was timed in another sitting, or for another run.
+
+    Where it moved too far, a new epoch of latencies begins.
+    """
+    if not ingested.borrowed and not any((opened.folder / "engines").glob("*/latency.json")):
         return ingested
     engine = engines.original(setup, opened, ingested)
-    with engines.session(setup.backend, setup.target, engine) as session:
-        now = engines.time_alone(setup, session)
-    moved = now.median_ms / ingested.latency.median_ms - 1.0
     limit = setup.recipe.timing.drift
-    if abs(moved) <= limit and now.fingerprint == ingested.latency.fingerprint:
+    with engines.session(setup.backend, setup.target, engine) as session:
+        now = engines.time_alone(setup, session, tolerance=limit / 10)
+        moved = now.median_ms / ingested.latency.median_ms - 1.0
+        stays = abs(moved) <= limit and now.fingerprint == ingested.latency.fingerprint
+        if not stays:  # what takes its place is measured as well as it was
+            now = engines.time_alone(setup, session)
+    if stays:
         emit(Event("note", "baseline", f"moved {moved:+.1%} since the run began: latencies stay"))
         return ingested
     emit(Event("warning", "baseline", f"moved {moved:+.1%} since the run began: latencies are taken afresh"))

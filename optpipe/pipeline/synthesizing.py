@@ -36,14 +36,18 @@ def synthesized(setup: Setup, opened: store.Run, emit: Emit) -> Setup:
         return setup
     spec, shape = setup.recipe.data.calibration, setup.target.input_shape
     path = opened.folder / data.SYNTHESIZED
-    images = _made(setup, path, emit)
+    made_of = _made_of(setup)
+    if not path.exists():
+        opened.borrow("synthesized", f"{made_of}.npz", path)
+    images = _made(setup, path, made_of, emit)
+    opened.lend("synthesized", f"{made_of}.npz", path)
     if not (opened.folder / SHEET).exists():
         files.write_atomically(opened.folder / SHEET, contact_sheet(images))
     kept = data.made(spec, opened.folder)
     return setup.with_calibration(data.load_images(kept, setup.recipe.data.preprocess, shape[0]))
 
 
-def _made(setup: Setup, path: Path, emit: Emit) -> NDArray[np.uint8]:
+def _made(setup: Setup, path: Path, made_of: str, emit: Emit) -> NDArray[np.uint8]:
     """All the images (N, H, W, C), as they are in the file at ``path`` from then on."""
     settings, preprocess = setup.recipe.data.synthesize, setup.recipe.data.preprocess
     assert settings is not None
@@ -57,7 +61,6 @@ def _made(setup: Setup, path: Path, emit: Emit) -> NDArray[np.uint8]:
         spec.seed,
         halved=not setup.graph.fixed_size,
     )
-    made_of = _made_of(setup)
     images = _kept(path, made_of)
     parts = synthesis.split(len(labels), settings.batch)
     first = 0 if images is None else [part.stop for part in parts].index(len(images)) + 1
