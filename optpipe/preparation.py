@@ -10,7 +10,7 @@ from optpipe import data, graph, models, plugins, selection, synthesis, tune
 from optpipe import recipe as recipes
 from optpipe.building import Workbench
 from optpipe.errors import UsageError
-from optpipe.types import Backend, Method, ModelGraph, Plan, Precision, Target, Tune
+from optpipe.types import Backend, Budget, Method, ModelGraph, Plan, Precision, Target, Tune
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -66,6 +66,22 @@ class Setup:
     def frozen(self) -> str:
         """The recipe as TOML with every default written out."""
         return self.recipe.frozen(self.config, self.recover)
+
+    def with_budget(self, budget: Budget, name: str) -> Setup:
+        """The same under another budget, as the run of this name.
+
+        Raises:
+            UsageError: the method cannot work under that budget.
+        """
+        run = dataclasses.replace(self.recipe.run, name=name)
+        recipe = dataclasses.replace(self.recipe, budget=budget, run=run)
+        try:
+            self.method.check(
+                self.graph, self.calibration, budget, self.config, self.recover, self.validation
+            )
+        except UsageError as error:
+            raise UsageError(f"{recipe.path}: {error}") from None
+        return dataclasses.replace(self, recipe=recipe)
 
     def with_calibration(self, images: data.ImageSet) -> Setup:
         """The same with these calibration images."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from optpipe import __version__, interruption
-from optpipe.cli import finished, machine, recipes
+from optpipe.cli import finished, machine, recipes, sweeping
 from optpipe.cli.interrupted import last_words
 from optpipe.errors import OptpipeError
 
@@ -47,7 +47,7 @@ def cli() -> None:
 
 
 for command in (
-    *(recipes.run, recipes.init, recipes.inspect),
+    *(recipes.run, sweeping.sweep, recipes.init, recipes.inspect),
     *(finished.gate, finished.compare, finished.rewrite_report, finished.verify, finished.landscape),
     *(machine.bench, machine.rebuild, machine.doctor),
 ):

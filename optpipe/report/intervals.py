@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from optpipe.report.schema import NetworkReport
 from optpipe.types import Latency, Quality
 
 Ends = tuple[float, float]
+
+
+class Scored(Protocol):
+    """A network's quality, and its agreement with the original where it was taken on the same images."""
+
+    @property
+    def quality(self) -> Quality:
+        """How well it does."""
+
+    @property
+    def agreement(self) -> Quality | None:
+        """How often it says what the original says; None where that is not known."""
 
 
 def difference(first: Quality, second: Quality, disagreements: int | None = None) -> Ends:
@@ -45,7 +57,7 @@ def _least_correlation(first: Quality, second: Quality, disagreements: int) -> f
     return max(0.0, both * neither - first_alone * second_alone - n / 2) / math.sqrt(margins)
 
 
-def disagreements(*networks: NetworkReport) -> int | None:
+def disagreements(*networks: Scored) -> int | None:
     """On how many images at most any two of these and their common original differ; None if not known.
 
     Where two networks both agree with the original they agree with each other.
