@@ -133,15 +133,16 @@ class Run:
         if self.cache is not None:
             write_atomically(self.cache / room / f"{key}-{name}", text)
 
-    def lend(self, room: str, key: str, path: Path) -> None:
+    def lend(self, room: str, key: str, path: Path, *, anew: bool = False) -> None:
         """Let the other runs of a sweep have a file or folder of this run, which never changes again.
 
-        The first that is lent under a key stays. Nothing happens outside a sweep.
+        The first that is lent under a key stays, unless another is lent ``anew``. Nothing happens outside a
+        sweep.
         """
         if self.cache is None or not self._lends:
             return
         target = self.cache / room / key
-        if not target.exists():
+        if anew or not target.exists():
             _duplicate(path, target)
 
     def borrow(self, room: str, key: str, path: Path) -> bool:
@@ -292,7 +293,8 @@ def _duplicate(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
+            # Who borrows a stage says itself when it is done.
+            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("result.json", "failure.json"))
             shutil.rmtree(target, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)

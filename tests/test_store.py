@@ -320,11 +320,17 @@ def test_the_runs_of_a_sweep_have_each_others_files_and_keep_them(tmp_path: Path
     first.lend("trained", "k", first.folder / "weights")
     first.lend("ingest", "k", first.folder / "stage")
     assert second.borrow("trained", "k", second.folder / "weights")
+    files.write_atomically(first.folder / "stage" / "result.json", "{}")
+    files.write_atomically(first.folder / "stage" / "a" / "engine", "f")
+    first.lend("ingest", "k", first.folder / "stage")
+    assert (tmp_path / "cache" / "ingest" / "k" / "a" / "engine").read_text() == "e", "the first stays"
+    first.lend("ingest", "k", first.folder / "stage", anew=True)
     assert second.borrow("ingest", "k", second.folder / "stage")
+    assert [path.name for path in (second.folder / "stage").iterdir()] == ["a"], "it is not done by that"
     shutil.rmtree(tmp_path / "cache")
     assert (second.folder / "weights").read_text() == "w"
     (second.folder / "stage" / "a" / "engine").write_text("built anew here")
-    assert (first.folder / "stage" / "a" / "engine").read_text() == "e"
+    assert (first.folder / "stage" / "a" / "engine").read_text() == "f"
 
 
 def test_runs_outside_a_sweep_lend_no_files(tmp_path: Path) -> None:

@@ -229,6 +229,12 @@ def test_an_original_that_drifted_is_timed_afresh(
     found = store.Run(copied / "new", None).stage_result("ingest", Ingested)
     assert found is not None
     assert (found.borrowed, found.epoch) == (True, 1)
+    setup = preparation.prepare(recipes.load(home / "small.toml"))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(setup, copied / "next", fresh=False, emit=told.append, shared=copied / store.CACHE)
+    following = store.Run(copied / "next", None).stage_result("ingest", Ingested)
+    assert following is not None
+    assert (following.epoch, following.latency) == (1, found.latency), "those after it are held against that"
 
 
 def stopped(*arguments: object) -> object:

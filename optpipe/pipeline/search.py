@@ -19,8 +19,7 @@ from optpipe.types import Choice, Emit, Engine, Event, Plan
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     """Export, build, score and time the original, or take what another run of the sweep found of it."""
-    key = _original_key(setup)
-    borrowed = _borrowed(setup, opened, key, emit)
+    borrowed = _borrowed(setup, opened, emit)
     if borrowed is not None:
         return borrowed
     folder = opened.stage_folder("ingest")
@@ -45,13 +44,19 @@ def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
         epoch=0,
         seconds=0.0,
     )
-    files.write_atomically(folder / _LENT, store.to_json(found))
-    opened.lend("ingest", key, folder)
+    _lend(setup, opened, found)
     return found
 
 
 _LENT = "lent.json"
 """What an ingest came to, among the files that go with it to other runs."""
+
+
+def _lend(setup: Setup, opened: store.Run, found: Ingested, *, anew: bool = False) -> None:
+    """Let the other runs of a sweep have an ingest; ``anew`` where it was timed again since."""
+    folder = opened.stage_folder("ingest")
+    files.write_atomically(folder / _LENT, store.to_json(found))
+    opened.lend("ingest", _original_key(setup), folder, anew=anew)
 
 
 def _original_key(setup: Setup) -> str:
@@ -74,13 +79,13 @@ def _original_key(setup: Setup) -> str:
     )
 
 
-def _borrowed(setup: Setup, opened: store.Run, key: str, emit: Emit) -> Ingested | None:
+def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     """What another run of the sweep found of the same original, its engine held against torch once more.
 
     The images that it is held against are this run's own.
     """
     folder = opened.stage_folder("ingest")
-    if not opened.borrow("ingest", key, folder):
+    if not opened.borrow("ingest", _original_key(setup), folder):
         return None
     try:
         found = store.from_json(Ingested, (folder / _LENT).read_bytes())
@@ -114,6 +119,7 @@ def check_drift(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit)
     emit(Event("warning", "baseline", f"moved {moved:+.1%} since the run began: latencies are taken afresh"))
     renewed = dataclasses.replace(ingested, latency=now, epoch=ingested.epoch + 1)
     opened.finish_stage("ingest", renewed)
+    _lend(setup, opened, renewed, anew=True)
     return renewed
 
 
