@@ -61,6 +61,11 @@ def folder() -> Path | None:
     return _state.folder
 
 
+def has_come() -> bool:
+    """Whether a signal has come, whatever a library made of the KeyboardInterrupt."""
+    return _state.watch is not None and _state.watch.signal is not None
+
+
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[None]:
     """Meanwhile a file or folder may be there that goes with the process."""

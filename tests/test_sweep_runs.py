@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import shutil
+import signal
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Call
 from test_pipeline import write_recipe
-from whole_runs import forget, interrupt, recovered_sha256, write_images
+from whole_runs import forget, recovered_sha256, write_images
 
 from optpipe import cli, onnx_export, pipeline, preparation, store, timing
 from optpipe import recipe as recipes
@@ -84,10 +85,24 @@ def swept(home: Path) -> Swept:
     with pytest.MonkeyPatch.context() as patch:
         count(patch, found)
         with pytest.MonkeyPatch.context() as stop:
-            interrupt(stop, stages, "recover", 1)
+            press_ctrl_c(stop)
             found.calls.append(called(words))
         found.calls.append(called(words))
     return found
+
+
+def press_ctrl_c(patch: pytest.MonkeyPatch) -> None:
+    """Send SIGINT when a recovery begins for the second time."""
+    recover, calls = stages.recover, 0
+
+    def interrupted(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+        return recover(*arguments)
+
+    patch.setattr(stages, "recover", interrupted)
 
 
 def prepared(home: Path) -> preparation.Setup:
@@ -134,9 +149,12 @@ def copied(swept: Swept, tmp_path: Path) -> Path:
 def test_a_sweep_that_is_stopped_says_how_to_go_on(swept: Swept) -> None:
     code, out, err = swept.calls[0]
     assert (code, out) == (130, "")
-    assert err.endswith(
-        "Interrupted after 2 of 4 runs; given again, the same command takes the sweep on from here\n"
+    told = err.splitlines()[-1]
+    assert told.startswith(
+        f"Interrupted in recover: the pruned network is kept in {swept.out}/other-0.05; `optpipe"
     )
+    assert told.endswith(" goes on from here")
+    assert " ".join(swept.words[:3]) in told
 
 
 def test_the_same_command_goes_on_where_it_was(swept: Swept) -> None:

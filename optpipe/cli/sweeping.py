@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from optpipe import interruption
 from optpipe.cli.options import DEBUG, PATH
 from optpipe.errors import RunError
 
@@ -62,24 +63,17 @@ def sweep(
 
     done: list[sweeps.Outcome] = []
     with sweeps.begun(planned, fresh=fresh):
-        try:
-            for entry in planned.entries:
+        for entry in planned.entries:
+            # An interrupt between two runs has all that was done before it to go on from too.
+            with interruption.in_folder(entry.folder.resolve()):
                 with EventConsole(quiet) as console:
                     done.append(sweeps.take(entry, planned, fresh=fresh, emit=console.show))
-                if done[-1].failed:
-                    click.echo(f"{entry.name} failed: {done[-1].failed}", err=True)
-                    if debug:
-                        click.echo(done[-1].trace, err=True, nl=False)
                 summary, compared = sweeps.told(sweeps.waiting(planned, done))
                 sweeps.write(summary, compared, out)
-        except KeyboardInterrupt:
-            again = " without --fresh" if fresh else ""
-            click.echo(
-                f"Interrupted after {len(done)} of {len(planned.entries)} runs; given again{again}, the same "
-                "command takes the sweep on from here",
-                err=True,
-            )
-            raise SystemExit(130) from None
+            if done[-1].failed:
+                click.echo(f"{entry.name} failed: {done[-1].failed}", err=True)
+                if debug:
+                    click.echo(done[-1].trace, err=True, nl=False)
     click.echo(sweeps.as_json(summary) if as_json else sweeps.as_markdown(summary), nl=False)
     if not summary.finished:
         raise RunError(f"{out}: none of the {len(planned.entries)} runs succeeded; sweep.md says why of each")

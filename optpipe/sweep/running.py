@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from optpipe import pipeline, store, timing
+from optpipe import interruption, pipeline, store, timing
 from optpipe.errors import OptpipeError
 from optpipe.sweep.planning import Entry, Sweep
 from optpipe.sweep.summary import State
@@ -51,11 +51,13 @@ def take(entry: Entry, sweep: Sweep, *, fresh: bool, emit: Emit) -> Outcome:
     watch = timing.Stopwatch()
     try:
         pipeline.run(entry.setup, entry.folder, fresh=fresh, emit=emit, shared=sweep.cache)
-    except OptpipeError as error:
-        return Outcome(entry, "failed", watch.seconds, str(error), traceback.format_exc())
     except Exception as error:  # memory that ran out, say, is no reason to lose the other runs
-        text = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Outcome(entry, "failed", watch.seconds, text, traceback.format_exc())
+        if interruption.has_come():
+            raise
+        told = str(error)
+        if not isinstance(error, OptpipeError):
+            told = f"unexpected {type(error).__name__}: {' '.join(told.split())[:300]}"
+        return Outcome(entry, "failed", watch.seconds, told, traceback.format_exc())
     return Outcome(entry, "finished", watch.seconds)
 
 
