@@ -55,6 +55,28 @@ def words(svg: str) -> str:
     )
 
 
+def legend_is_in_the_axes(count: int) -> bool:
+    curves = tuple(
+        Curve(f"curve {number}", (0.0, 1.0), (0.0, float(number)), "line") for number in range(count)
+    )
+    page = ElementTree.fromstring(figure_svg(Figure("t", "x", "y", curves)))
+    assert page.find(".//*[@id='legend_1']") is not None
+    axes = page.find(".//*[@id='axes_1']")
+    return axes is not None and axes.find(".//*[@id='legend_1']") is not None
+
+
+def test_a_long_legend_stands_below_the_axes() -> None:
+    assert legend_is_in_the_axes(4)
+    assert not legend_is_in_the_axes(5)
+
+
+def test_ticks_are_strokes_of_their_own() -> None:
+    drawn = figure_svg(Figure("t", "x", "y", (Curve("timed", (1.0, 2.0), (0.5, 0.5), "ticks"),)))
+    strokes = ElementTree.fromstring(drawn).find(".//*[@id='ticks0']")
+    assert strokes is not None
+    assert len(strokes.findall(f".//{SVG}use")) == 2
+
+
 def test_a_surface_is_one_svg_element_with_its_labels() -> None:
     svg = surface_svg(bowl(), "a network & its loss", x_label="along g", value_label="cross-entropy")
     root = ElementTree.fromstring(svg)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Page
 
 _LEVELS = 20
+_INSIDE = 4
+"""A legend of more names stands below the axes."""
 _TITLE_WIDTH = 60
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":")
@@ -78,7 +80,7 @@ def figure_svg(
             axes.grid(visible=True, linewidth=0.4, alpha=0.5)
         else:
             _draw_surface(page, axes, figure.surface, limits)
-        _draw_curves(axes, figure.curves)
+        _draw_curves(page, axes, figure.curves)
         if log_x:
             axes.set_xscale("log")
         title = textwrap.wrap(_plain(figure.title), _TITLE_WIDTH)
@@ -162,7 +164,7 @@ def _draw_surface(page: Page, axes: Axes, surface: Surface, limits: tuple[float,
     axes.locator_params(nbins=5)
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw_curves(page: Page, axes: Axes, curves: Sequence[Curve]) -> None:
     names = list(dict.fromkeys(curve.name for curve in curves))
     named: dict[str, list[Artist]] = {name: [] for name in names if name}
     for number, curve in enumerate(curves):
@@ -170,8 +172,12 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
         if curve.name:
             named[curve.name].append(drawn)
     if named:
-        handles = [tuple(artists) for artists in named.values()]
-        axes.legend(handles, [_plain(name) for name in named], fontsize="small")
+        handles: list[Any] = [tuple(artists) for artists in named.values()]
+        texts = [_plain(name) for name in named]
+        if len(named) <= _INSIDE:
+            axes.legend(handles, texts, fontsize="small")
+        else:  # it would lie on what it explains
+            page.legend(handles, texts, fontsize="small", loc="outside lower center", ncols=2, frameon=False)
 
 
 def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
@@ -192,6 +198,10 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, look: int) -> Artist:
             zorder=3,
             clip_on=False,
             gid=f"points{number}",
+        )
+    if curve.style == "ticks":
+        return axes.scatter(
+            curve.x, curve.y, s=90, marker="|", color="black", linewidths=1.2, gid=f"ticks{number}"
         )
     if curve.style == "interval":
         (line,) = axes.plot(curve.x, curve.y, color=_GREY, linewidth=0.8, gid=f"interval{number}")

@@ -68,11 +68,8 @@ def figure(report: Report) -> Figure:
     if allowed is not None:
         guides.append(_line("budget", [(allowed * 100, low), (allowed * 100, high)]))
     floor = low - 0.06 * max(high - low, 0.1)
-    timed = [
-        _line("candidate, only timed", [(one.left * 100, floor), (one.left * 100, low)])
-        for one in found
-        if one.quality is None
-    ]
+    unscored = tuple(one.left * 100 for one in found if one.quality is None)
+    timed = [Curve("candidate, only timed", unscored, (floor,) * len(unscored), "ticks")] if unscored else []
     # The order decides colours, markers and dashes: those that differ most for what matters most.
     curves = (*dots[:2], *guides, *bars, *dots[2:], *timed)
     metric = report.original.quality.metric

@@ -247,13 +247,14 @@ class Table:
 class Curve:
     """Points (x, y) of a figure, joined by a line in their order or each a dot; the legend has the name.
 
-    "interval" is the line of another point's uncertainty: thin and grey, whatever its name.
+    "interval" is the line of another point's uncertainty: thin and grey, whatever its name;
+    "ticks" are strokes at one height, for points of which x alone is known.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    style: Literal["line", "dots", "interval"] = "line"
+    style: Literal["line", "dots", "interval", "ticks"] = "line"
 
 
 @dataclass(frozen=True, slots=True)
