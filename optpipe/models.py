@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 RANDOM_WEIGHTS_SEED = 0
 LIVE = "live"
+MOST = 10_000_000
+"""Classes or input channels; more are a slip, and would take all memory before anything fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,12 @@ def input_channels(model: nn.Module) -> int:
     raise UsageError(f"{type(model).__name__} has no convolution; only convolutional networks are supported")
 
 
+def names_code(name: str) -> bool:
+    """Whether building a network of this name imports a module of the user's."""
+    source, colon, function = name.partition(":")
+    return bool(source and colon and function) and source not in ("zoo", "torchvision", LIVE)
+
+
 def import_function(name: str, search_folder: Path) -> Callable[..., Any]:
     """The function that "package.module:function" names; modules of ``search_folder`` come first.
 
@@ -98,7 +107,7 @@ def import_function(name: str, search_folder: Path) -> Callable[..., Any]:
     with _importable(search_folder):
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(
                 f"'{name}': module '{module_name}' does not import ({_one_line(error)}); it is looked for in "
                 f"{search_folder.resolve()} and among the installed packages"
@@ -125,7 +134,7 @@ def call_function(name: str, search_folder: Path, **arguments: object) -> object
     with _importable(search_folder):
         try:
             return function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"'{name}' failed: {_one_line(error)}") from error
 
 
@@ -159,6 +168,9 @@ def _build(spec: ModelSpec, search_folder: Path) -> nn.Module:
     source, colon, name = spec.name.partition(":")
     sizes = {"classes": spec.classes, "in_channels": spec.in_channels}
     given = {key: value for key, value in sizes.items() if value is not None}
+    for key, value in given.items():
+        if not 0 < value <= MOST:
+            raise UsageError(f"model '{spec.name}': {key} = {value}: must be above 0 and at most {MOST}")
     if not (source and colon and name):
         raise UsageError(
             f"model '{spec.name}' is not of the form 'torchvision:NAME', 'zoo:NAME' or 'module:function'"
@@ -259,19 +271,21 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how a file was pickled, which says nothing to its user
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"weights {path}: refused, since it holds more than tensors and loading it could run code; save "
             "model.state_dict() instead, or convert it to .safetensors"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged file leads the unpickler to any error
         raise UsageError(f"weights {path}: not a readable torch file ({_one_line(error)})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(
-        isinstance(item, torch.Tensor) for item in content.values()
+        isinstance(key, str) and isinstance(item, torch.Tensor) for key, item in content.items()
     ):
         raise UsageError(f"weights {path}: holds no state_dict (a mapping of names to tensors)")
     return content
@@ -297,10 +311,24 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], what: str, name: str) ->
     ]
     if problems:
         raise UsageError(f"{what} do not fit '{name}': {'; '.join(problems)}")
+    odd = [key for key, value in state.items() if not _plain(value)]
+    if odd:
+        raise UsageError(
+            f"{what} hold tensors that are sparse, quantized, complex or without values: "
+            f"{_first_five(odd, 'odd')}"
+        )
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise UsageError(f"{what} hold NaN or infinite values: {_first_five(broken, 'broken')}")
     model.load_state_dict(dict(state), strict=False)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and of real numbers that are there."""
+    import torch
+
+    strange = tensor.is_meta or tensor.is_quantized or tensor.is_complex()
+    return tensor.layout is torch.strided and not strange
 
 
 def _first_five(keys: list[str], label: str) -> str:

@@ -72,11 +72,11 @@ def times_of_profile(path: Path, repeats: int) -> tuple[LayerTime, ...]:
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """All that ONNX Runtime raises; its exceptions share no base class."""
+    """All that ONNX Runtime raises; its exceptions share no base class. Names may be no text."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (*own, RuntimeError)
+    return (*own, RuntimeError, UnicodeDecodeError)
 
 
 def failure(engine: Path, error: Exception) -> RunError:
