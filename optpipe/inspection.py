@@ -13,6 +13,7 @@ def inspect_recipe(recipe: Recipe) -> ModelGraph:
     """The graph of a recipe's network at the recipe's input size."""
     model = models.load_model(recipe.model, recipe.folder)
     channels = models.input_channels(model)
+    data.check_preprocess(recipe.data.preprocess, channels)
     size = recipe.data.preprocess.size
     if size is None:
         images = data.load_images(recipe.data.calibration, recipe.data.preprocess, channels, recipe.folder)

@@ -110,6 +110,7 @@ def look_at(asked: Asked, folder: Path) -> Seen:
     calibration = _opened(asked.calibration, channels, folder)
     evaluation = _opened(asked.evaluation, channels, folder)
     prepared = _prepared(asked, channels, calibration or evaluation, named=named)
+    data.check_preprocess(prepared.preprocess, channels)
     shown = _graph(model, asked, channels, prepared.preprocess)
     learnt = _found(asked.calibration, calibration, shown.classes, folder)
     verdicts = _verdicts(shown, prepared.preprocess, learnt)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CROP_RATIO = 0.875
+LARGEST = 16384
+"""Height and width of the largest images that a network may be given."""
+MOST_PIXELS = 2**28
+"""Of an image on its way to its size: a strip of a few pixels' height, to be cropped, takes gigabytes."""
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -59,8 +63,11 @@ def check_preprocess(preprocess: Preprocess, channels: int) -> None:
             raise UsageError(f"preprocess {key} = {list(values)}: all values must be finite")
     if min(preprocess.std) <= 0:
         raise UsageError(f"preprocess std = {list(preprocess.std)}: all values must be above 0")
-    if preprocess.size is not None and min(preprocess.size) < 1:
-        raise UsageError(f"preprocess size = {list(preprocess.size)}: height and width must be above 0")
+    if preprocess.size is not None and not 0 < min(preprocess.size) <= max(preprocess.size) <= LARGEST:
+        raise UsageError(
+            f"preprocess size = {list(preprocess.size)}: height and width must be above 0 and at most "
+            f"{LARGEST}"
+        )
 
 
 def resize(image: Pixels, preprocess: Preprocess) -> Pixels:
@@ -80,6 +87,11 @@ def resize(image: Pixels, preprocess: Preprocess) -> Pixels:
             new_h, new_w = box_h, width * box_h // height
         else:
             new_h, new_w = height * box_w // width, box_w
+    if new_h * new_w > MOST_PIXELS:
+        raise UsageError(
+            f"an image of {height} x {width} is too narrow: to crop it, it would be resized to {new_h} x "
+            f'{new_w}; leave it out, or set resize = "squash"'
+        )
     if (new_h, new_w) != (height, width):
         bands = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[2])]
         size = (new_w, new_h)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import struct
-import zipfile
-import zlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,13 @@ from optpipe.data.preparing import Labels, Pixels
 from optpipe.errors import UsageError
 from optpipe.models import call_function
 
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF")
+"""What an image file may be, whatever it is called: Pillow would hand an EPS to another program."""
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"})
+
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,27 @@ class Source:
     class_folders: int | None = None
 
 
+def names_function(source: str, search_folder: Path) -> bool:
+    """Whether opening a source of this name imports a module of the user's."""
+    return _FUNCTION.fullmatch(source) is not None and not (search_folder / source).exists()
+
+
 def open_source(spec: DataSpec, channels: int, search_folder: Path) -> Source:
     """The source that ``spec`` names; UsageError where it cannot be used."""
     path = search_folder / Path(spec.source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UsageError(f"data {path}: cannot be read: {error.strerror}") from None
+    if is_folder:
         return _open_folder(path, channels)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".npz":
             raise UsageError(
                 f"data {path}: file type '{path.suffix}' is not supported; use an .npz or a folder of images"
             )
         return _open_npz(path, channels)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec.source):
+    if _FUNCTION.fullmatch(spec.source):
         return _open_function(spec.source, channels, search_folder)
     raise UsageError(f"data {path}: no such file or folder")
 
@@ -104,13 +117,18 @@ def _decode(path: Path, channels: int) -> Pixels | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UsageError(
-                    f"data {path}: more than 8 bits a channel ({image.mode}); convert it to 8 bits"
-                )
-            rgb = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, which says nothing of the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise UsageError(
+                        f"data {path}: more than 8 bits a channel ({image.mode}); convert it to 8 bits"
+                    )
+                rgb = np.asarray(image.convert("RGB"))
+    except (UsageError, MemoryError):
+        raise
+    except Exception:  # decoders raise whatever a damaged file leads them to; bombs raise too
         return None
     if channels == 3:
         return rgb
@@ -127,10 +145,15 @@ def _open_npz(path: Path, channels: int) -> Source:
             keys = list(file)
             images = file["images"] if "images" in keys else None
             labels = file["labels"] if "labels" in keys else None
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"data {path}: not a readable .npz file of plain arrays ({error})") from error
+    except MemoryError:
+        raise UsageError(f"data {path}: its arrays take more memory than there is") from None
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads them to
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"data {path}: not a readable .npz file of plain arrays ({reason})") from error
     if images is None:
         raise UsageError(f"data {path}: no key 'images'; the file holds {', '.join(keys) or 'nothing'}")
+    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
+        raise UsageError(f"data {path}: not a readable .npz file of plain arrays (one is other bytes)")
     return _open_arrays(str(path), path.name, images, labels, channels)
 
 
@@ -140,10 +163,11 @@ def _open_function(name: str, channels: int, search_folder: Path) -> Source:
         raise UsageError(
             f"data '{name}': must return (images, labels or None), not {type(returned).__name__}"
         )
-    images, labels = returned
-    return _open_arrays(
-        f"'{name}'", name, np.asarray(images), None if labels is None else np.asarray(labels), channels
-    )
+    try:
+        images, labels = (None if one is None else np.asarray(one) for one in returned)
+    except ValueError as error:
+        raise UsageError(f"data '{name}': must return (images, labels or None): {error}") from None
+    return _open_arrays(f"'{name}'", name, np.asarray(images), labels, channels)
 
 
 def _open_arrays(

@@ -15,6 +15,9 @@ from optpipe.types import Synthesis
 SYNTHESIZE = "synthesize"
 """The source of images that are made from the network."""
 
+MOST = 1_000_000
+"""How many images can be asked for."""
+
 SYNTHESIZED = "synthesized.npz"
 """Where a run keeps them, in its folder: ``images`` and ``labels`` as in any .npz."""
 
@@ -33,6 +36,8 @@ def check_synthesis(spec: DataSpec, preprocess: Preprocess, settings: Synthesis 
         raise UsageError(f"{asked}: how large are the images? give [data.preprocess] size = [H, W]")
     if spec.count is None or spec.count < 1 or spec.skip or spec.seed < 0:
         raise UsageError(f"{asked}: give how many in count, above 0, a seed not below 0, and no skip")
+    if spec.count > MOST:
+        raise UsageError(f"{asked}: count = {spec.count}: must be at most {MOST}")
     assert settings is not None
     for key in ("steps", "lr", "batch"):
         value = getattr(settings, key)
