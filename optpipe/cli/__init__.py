@@ -19,6 +19,9 @@ from optpipe.cli import finished, machine, recipes, sweeping
 from optpipe.cli.interrupted import last_words
 from optpipe.errors import OptpipeError
 
+LONGEST = 1200
+"""Characters of an error; what is left out is in its middle."""
+
 
 class Commands(click.Group):
     """A group whose unknown commands name the nearest one."""
@@ -92,6 +95,8 @@ def _carry_out(words: Sequence[str]) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"Error: {where}{error.strerror or error}", 4, words)
+    except MemoryError:
+        _fail("Error: this takes more memory than there is; --debug shows where", 4, words)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         _fail(f"Error: unexpected {type(error).__name__}: {text} (--debug shows where)", 4, words)
@@ -100,5 +105,12 @@ def _carry_out(words: Sequence[str]) -> None:
 def _fail(message: str, code: int, words: Sequence[str]) -> None:
     if "--debug" in words:
         traceback.print_exc()
-    click.echo(message, err=True)
+    click.echo(_one_line(message), err=True)
     sys.exit(code)
+
+
+def _one_line(message: str) -> str:
+    """A message as a terminal can show it, whatever names and values of a user's files are in it."""
+    joined = " ".join(message.split())
+    shown = "".join(one if one.isprintable() else repr(one)[1:-1] for one in joined)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"

@@ -5,6 +5,7 @@ Only light modules are imported here, so that a recipe can be checked without lo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -111,6 +112,13 @@ class Recipe:
 
 
 _WORKERS = re.compile(r"serial|ray|local:[1-9][0-9]{0,3}")
+
+DEEPEST = 32
+"""How deep tables and arrays may nest; no key takes more than three levels."""
+
+MOST = 65536
+"""Images in a batch, and threads."""
+
 TABLES = (
     "model", "data", "target", "export", "timing", "method", "recover", "budget", "run", "report", "gate"
 )  # fmt: skip
@@ -124,8 +132,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: the file is missing or no TOML, a key is unknown or ill-typed, a value is out of range.
     """
-    path = path.resolve()
     try:
+        path = path.resolve()
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
@@ -135,8 +143,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: is a folder; name the .toml file in it") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits are no TOMLDecodeError
         raise UsageError(f"{path}: is not valid TOML: {error}") from None
+    except RuntimeError as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None  # a link to itself
     return from_tables(raw, path, overrides)
 
 
@@ -259,6 +269,9 @@ def _check_ranges(recipe: Recipe) -> None:
         )
     positive = "must be above 0 and finite"
     share = "must be between 0 and 1"
+    for key, whole in (("batch", recipe.target.batch), ("threads", recipe.target.threads)):
+        if whole is not None and whole > MOST:
+            raise UsageError(f"{recipe.path}: [target] {key} = {whole}: must be at most {MOST}")
     checks: list[tuple[str, str, float | None, bool, str]] = [
         ("budget", "latency_reduction", recipe.budget.latency_reduction, True, share),
         ("budget", "latency_ms", recipe.budget.latency_ms, False, positive),
@@ -286,7 +299,7 @@ def _check_ranges(recipe: Recipe) -> None:
         if value is not None and not 0 < value < (1 if below_one else math.inf):
             raise UsageError(f"{recipe.path}: [{table}] {key} = {value}: {message}")
     name, seed = recipe.run.name, recipe.run.seed
-    if not name or name.startswith(".") or "/" in name:
+    if not name or name.startswith(".") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
         raise UsageError(f'{recipe.path}: [run] name = "{name}": must be a plain folder name')
     if seed < 0:
         raise UsageError(f"{recipe.path}: [run] seed = {seed}: must not be below 0")
@@ -318,8 +331,16 @@ def recovery(base: Tune, table: RawTable, path: Path) -> Tune:
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<value>[^}]*))?\}")
 
 
-def _expand(value: Value, path: Path, keys: tuple[str, ...]) -> Value:
-    """Every ``${NAME}`` or ``${NAME:-default}`` in the strings of a nested value replaced."""
+def _expand(value: Value, path: Path, keys: tuple[str, ...], depth: int = 0) -> Value:
+    """Every ``${NAME}`` or ``${NAME:-default}`` in the strings of a nested value replaced.
+
+    UsageError for what no key takes and no reader of it need guard against: deep nesting, and integers
+    beyond TOML's own 64 bits.
+    """
+    if depth > DEEPEST:
+        raise UsageError(f"{path}: [{keys[0]}] {'.'.join(keys[1:4])}: is nested too deeply")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UsageError(f"{path}: [{'.'.join(keys[:-1])}] {keys[-1]}: an integer has at most 64 bits")
     if isinstance(value, str):
 
         def replacement(match: re.Match[str]) -> str:
@@ -334,9 +355,9 @@ def _expand(value: Value, path: Path, keys: tuple[str, ...]) -> Value:
 
         return _VARIABLE.sub(replacement, value)
     if isinstance(value, Mapping):
-        return {key: _expand(inner, path, (*keys, key)) for key, inner in value.items()}
+        return {key: _expand(inner, path, (*keys, key), depth + 1) for key, inner in value.items()}
     if isinstance(value, Sequence):
-        return [_expand(inner, path, keys) for inner in value]
+        return [_expand(inner, path, keys, depth + 1) for inner in value]
     return value
 
 
@@ -345,10 +366,10 @@ def _override(raw: dict[str, typing.Any], override: str) -> None:
     path = key.strip().split(".")
     if not equals or len(path) < 2:
         raise UsageError(f"--set {override}: write table.key=value, for example budget.latency_reduction=0.3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value: object = text.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        found = tomllib.loads(f"value = {text}")
+        value = found["value"] if len(found) == 1 else value
     table = raw
     for part in path[:-1]:
         table = table.setdefault(part, {})

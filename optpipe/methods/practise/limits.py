@@ -42,6 +42,10 @@ def check(
             "[method] practise: the network has no droppable block (a residual block with an identity "
             "shortcut); `optpipe inspect` says why not for each"
         )
+    if budget.drop_blocks is not None and budget.drop_blocks > len(shown.droppable):
+        raise UsageError(
+            f"[budget] drop_blocks = {budget.drop_blocks}: only {len(shown.droppable)} blocks can be dropped"
+        )
 
 
 def saving_of(trial: Trial) -> Saving:
