@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from optpipe.types import Latency, Session, Target
 
 TOLERANCE = 0.001
 """Half-width at which a paired measurement ends early: what is asked for here is the duration."""
+
+
+MOST_VALUES = 2**32
+"""Of a batch; more than any device holds beside a network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +196,16 @@ def _locate(
 
 def _refuse_changed(source: Path, manifest: Manifest, folder: Path) -> None:
     """UsageError unless a bundle's file is there and is the one that was measured."""
+    if not source.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{source}: is a link out of the bundle; get the bundle anew")
     listed = manifest.files.get(source.relative_to(folder).as_posix())
     if listed is None or not source.is_file() or store.file_sha256(source) != listed.sha256:
         raise UsageError(f"{source}: is missing or not what the manifest says; get the bundle anew")
+
+
+def _inside(model: Path, location: str) -> bool:
+    folder = model.resolve().parent
+    return (folder / location).resolve().is_relative_to(folder)
 
 
 def _input_shape(path: Path) -> tuple[int, tuple[int, int, int]]:
@@ -205,9 +217,15 @@ def _input_shape(path: Path) -> tuple[int, tuple[int, int, int]]:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise UsageError(f"{path}: is no ONNX model: {error}") from None
-    if not model.graph.input:
-        raise UsageError(f"{path}: is no ONNX model: it has no input")
+    if not model.graph.input or not model.graph.output:
+        raise UsageError(f"{path}: is no ONNX model: it has no input, or no output")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not _inside(path, entry.value):
+                raise UsageError(f"{path}: keeps weights in {entry.value}, outside of its own folder")
     dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    if len(dims) != 4 or not all(dims[1:]):
+    if len(dims) != 4 or min(dims[1:]) < 1 or dims[0] < 0:
         raise UsageError(f"{path}: its first input is {dims}; images (N, C, H, W) of a fixed size are needed")
+    if math.prod(dims[1:]) * max(1, dims[0]) > MOST_VALUES:
+        raise UsageError(f"{path}: its first input is {dims}: too large to be images")
     return dims[0], (dims[1], dims[2], dims[3])

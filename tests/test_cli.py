@@ -44,7 +44,9 @@ def bundled(finished: Path, write_onnx: WriteOnnx) -> Path:
     folder.mkdir()
     write_onnx("model.onnx", size=16).rename(folder / "model.onnx")
     target = Target("onnxruntime", 4, (3, 16, 16), threads=1)
-    saved = Saved(ModelSpec("zoo:resnet20_cifar"), "/", Plan(), (3, 16, 16), Preprocess((0.5,), (0.5,)))
+    saved = Saved(
+        ModelSpec("zoo:resnet20_cifar"), "/", Plan(), (3, 16, 16), Preprocess((0.5,) * 3, (0.5,) * 3)
+    )
     origin = Origin(Fingerprint("a processor", "an OS", (), 1), "0" * 64, 0, ())
     engine = BundledEngine("fp32", "onnxruntime", "model.onnx", "model.onnx", 0.1)
     write_bundle(folder, nn.Linear(2, 2), saved, target, origin, [engine])

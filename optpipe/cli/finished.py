@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from optpipe.cli.options import DEBUG, PATH, RUN
+from optpipe.cli.options import DEBUG, PATH, RUN, Finite
 from optpipe.errors import GateError, MissingError
 
 
@@ -155,7 +155,7 @@ def verify(run: Path, debug: bool) -> None:
 )
 @click.option(
     "--reach",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     default=0.1,
     show_default=True,
     help="How far to look, in gradients.",

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from optpipe.cli.options import DEBUG, PATH, RUN
+from optpipe.cli.options import DEBUG, MOST, PATH, RUN, Finite
 from optpipe.errors import MissingError
 
 
 @click.command()
 @click.argument("model", type=PATH, metavar="MODEL.onnx|RUN")
 @click.option("--vs", type=PATH, help="Another model or run, timed in turn with the first.")
-@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [the run's, or 1].")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads [the run's, or all cores].")
+@click.option("--batch", type=click.IntRange(1, MOST), help="Images in a batch [the run's, or 1].")
+@click.option("--threads", type=click.IntRange(1, MOST), help="Threads [the run's, or all cores].")
 @click.option("--backend", metavar="NAME", help="The engine [the run's, or what suits the device].")
 @click.option("--gpu", is_flag=True, help="Time on the NVIDIA GPU.")
 @click.option("--warmUp", "warmup_ms", type=click.IntRange(min=0), default=200, show_default=True, help="ms.")
-@click.option("--duration", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds.")
+@click.option("--duration", type=Finite(min=0.1), default=5.0, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DEBUG
 def bench(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from optpipe import files, store
-from optpipe.data import Pixels, Preprocess, network_input
+from optpipe.data import LARGEST, Pixels, Preprocess, check_preprocess, network_input
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
 from optpipe.types import Fingerprint, Plan, Precision, Target
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RUNNER = "run_engine.py"
+MOST_IMAGES = 65536
+"""In a batch, as in a recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     problems = verify(folder)
     if problems:
         raise UsageError(f"{folder}: {problems[0]}")
-    saved = store.from_json(Saved, (folder / "plan.json").read_bytes())
+    saved = _saved(folder, imports=model is None)
     # Which channels go together is read off gradients; a caller may have switched them off.
     with torch.inference_mode(mode=False), torch.enable_grad():
         original = model
@@ -162,6 +164,26 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
         candidate = graph.apply(traced, saved.plan, saved.input_shape)
         store.load_tensors(candidate, folder / "model.safetensors")
     return candidate.eval()
+
+
+def _saved(folder: Path, *, imports: bool) -> Saved:
+    """What plan.json holds; UsageError where it ``imports`` and would do so from beside itself.
+
+    A bundle is data. The folder of the user's own recipe is another one, by its whole path.
+    """
+    path = folder / "plan.json"
+    try:
+        saved = store.from_json(Saved, path.read_bytes())
+    except (OSError, ValueError):
+        raise UsageError(f"{path}: is missing or no plan of optpipe; get the bundle anew") from None
+    _refuse_unmeant(path, saved.input_shape, saved.preprocess)
+    home = Path(saved.search_folder)
+    if imports and (not home.is_absolute() or home.resolve().is_relative_to(folder.resolve())):
+        raise UsageError(
+            f'{path}: search_folder = "{home}": modules are imported from the recipe\'s folder, by its whole '
+            "path, never from a bundle; give the architecture, optpipe.load(run, model=module)"
+        )
+    return saved
 
 
 def preprocess(run: str | Path) -> Callable[[Pixels | Sequence[Pixels]], Tensor]:
@@ -188,7 +210,9 @@ def verify(run: Path) -> list[str]:
     problems: list[str] = []
     for name, file in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        if not path.resolve().is_relative_to(folder.resolve()):
+            problems.append(f"{name}: is a link out of the bundle")
+        elif not path.is_file():
             problems.append(f"{name}: is missing")
         elif (found := store.file_sha256(path)) != file.sha256:
             problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
@@ -205,7 +229,37 @@ def open_bundle(run: Path) -> tuple[Path, Manifest]:
         path = folder / MANIFEST
         if path.is_file():
             try:
-                return folder, store.from_json(Manifest, path.read_bytes())
+                manifest = store.from_json(Manifest, path.read_bytes())
             except ValidationError as error:
                 raise UsageError(f"{path}: is no manifest of optpipe: {error.error_count()} errors") from None
+            _check(path, manifest)
+            return folder, manifest
     raise UsageError(f"{run}: holds no deploy bundle (no {MANIFEST}); has the run finished?")
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """UsageError for a manifest that no optpipe wrote, or one that reaches out of its bundle."""
+    if manifest.schema != SCHEMA:
+        raise UsageError(f"{path}: is of version {manifest.schema}; this optpipe reads {SCHEMA}")
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UsageError(f"{path}: lists {name}, which lies outside the bundle")
+    if not manifest.engines:
+        raise UsageError(f"{path}: lists no engine; get the bundle anew")
+    for engine in manifest.engines:
+        for name in (engine.engine, engine.source):
+            if name not in manifest.files:
+                raise UsageError(f"{path}: has no sha256 of {name}; get the bundle anew")
+    if not 0 < manifest.target.batch <= MOST_IMAGES:
+        raise UsageError(f"{path}: target.batch = {manifest.target.batch}: cannot be meant")
+    _refuse_unmeant(path, manifest.target.input_shape, manifest.preprocess)
+
+
+def _refuse_unmeant(path: Path, shape: tuple[int, int, int], preprocess: Preprocess) -> None:
+    """UsageError for images that no network takes, before memory is asked for them."""
+    if not 0 < min(shape) <= max(shape) <= LARGEST:
+        raise UsageError(f"{path}: input_shape = {list(shape)}: cannot be meant")
+    try:
+        check_preprocess(preprocess, shape[0])
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

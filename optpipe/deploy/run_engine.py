@@ -23,7 +23,6 @@ import os
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +65,9 @@ class Engine(NamedTuple):
     built_on: str
 
     def failure(self, reason: object) -> RunnerError:
-        """That the engine's library does not take it."""
+        """That the engine's library does not take it, unless ``reason`` says better what is wrong."""
+        if isinstance(reason, RunnerError):
+            return reason
         what = f"{self.backend} cannot run {self.name}, built on {self.built_on}"
         mend = "optpipe rebuild builds the bundle's engines anew on this machine"
         return RunnerError(4, f"{what}: {' '.join(str(reason).split())[:400]}; {mend}")
@@ -79,7 +80,7 @@ def read_manifest(folder: Path) -> Json:
         manifest: Json = json.loads(path.read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"its schema is {manifest['schema']}, this program reads {SCHEMA}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunnerError(2, f"{path}: cannot be used: {error}") from None
     return manifest
 
@@ -106,6 +107,8 @@ def _trusted(folder: Path, manifest: Json, name: str, backend: str, precision: s
     path = folder / name
     if name not in manifest["files"]:
         raise RunnerError(1, f"{path}: the manifest has no sha256 of it: it is not opened")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RunnerError(1, f"{path}: lies outside the bundle: it is not opened")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -114,8 +117,7 @@ def _trusted(folder: Path, manifest: Json, name: str, backend: str, precision: s
     if found != recorded:
         digests = f"sha256 is {found[:16]}..., the manifest says {recorded[:16]}..."
         raise RunnerError(1, f"{path}: {digests}: it is not the engine that was built, and is not opened")
-    shape = (target["batch"], *target["input_shape"])
-    threads = target["threads"] or os.cpu_count() or 1
+    shape, threads = (target["batch"], *target["input_shape"]), target["threads"] or os.cpu_count() or 1
     return Engine(name, backend, precision, content, shape, threads, target, manifest["built_on"]["device"])
 
 
@@ -129,10 +131,11 @@ def package(name: str, mend: str) -> Any:
 
 def load_images(path: Path, preprocess: Json, shape: Sequence[int]) -> Array:
     """The network's input, float32 (N, C, H, W): of an image file, an .npy, or an .npz with ``images``."""
-    channels = shape[1]
+    channels, mend = shape[1], "pip install pillow, or give an .npy of uint8 pixels"
+    pillow = None if path.suffix.lower() in (".npy", ".npz") else package("PIL.Image", mend)
     try:
-        pixels = _pixels(path, channels)
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        pixels = _pixels(path, channels, pillow)
+    except Exception as error:  # a damaged file leads its decoder to any error
         raise RunnerError(2, f"{path}: holds no image that can be read: {error}") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels or not len(pixels):
         found = f"{pixels.dtype} of shape {pixels.shape}"
@@ -144,11 +147,10 @@ def load_images(path: Path, preprocess: Json, shape: Sequence[int]) -> Array:
     return np.ascontiguousarray((resized.astype(np.float32) / np.float32(255) - mean) / std)
 
 
-def _pixels(path: Path, channels: int) -> Array:
+def _pixels(path: Path, channels: int, pillow: Any) -> Array:
     """Pixels (N, H, W, C) of a file; in an array a single image may lack N, grey ones C."""
-    if path.suffix.lower() not in (".npy", ".npz"):
-        pillow = package("PIL.Image", "pip install pillow, or give an .npy of uint8 pixels")
-        with pillow.open(str(path)) as image:
+    if pillow is not None:
+        with pillow.open(str(path), formats=("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF")) as image:
             return np.asarray(image.convert("RGB"))[np.newaxis, ..., :channels]
     with path.open("rb") as file:
         loaded = np.load(file, allow_pickle=False)  # a pickle could run code
@@ -436,10 +438,8 @@ def _doubt(options: argparse.Namespace, manifest: Json) -> None:
     images = load_images(options.images, manifest["preprocess"], engine.shape)
     try:
         found = logits(ensemble(engine), images, engine.shape[0])
-    except RunnerError:
-        raise
     except Exception as error:  # ONNX Runtime's exceptions have no base in common
-        raise engine.failure(error) from error
+        raise engine.failure(error) from None
     rows = classify(found[:, :-2])
     for row, (entropy, information) in zip(rows, found[:, -2:].tolist(), strict=True):
         row.update(expected_entropy=entropy, mutual_information=information)
@@ -467,10 +467,8 @@ def _run(options: argparse.Namespace) -> None:
         results["images"] = [] if images is None else classify(logits(runner, images, engine.shape[0]))
         results.update(measure(runner, options.warmUp, options.duration))
         runner.close()
-    except RunnerError:
-        raise
     except Exception as error:  # these libraries' exceptions have no base in common
-        raise engine.failure(error) from error
+        raise engine.failure(error) from None
     if options.json:
         print(json.dumps(results, indent=1))
     else:
@@ -490,8 +488,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(parser.parse_args(arguments))
     except RunnerError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        print(f"Error: manifest.json holds what cannot be used: {error!r}", file=sys.stderr)
+        return 2
     return 0
 
 
