@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from optpipe import files, store
 from optpipe.errors import UsageError
-from optpipe.report import figures, html, markdown, schema
+from optpipe.report import figures, html, markdown, schema, unmeant
 from optpipe.types import Budget, Latency, Plan
 
 
@@ -111,5 +111,7 @@ def read(run: Path) -> schema.Report:
             raise UsageError(f"{path}: is no report of this version: {where}{first['msg']}") from None
         if report.schema != schema.SCHEMA:
             raise UsageError(f"{path}: is of version {report.schema}; this optpipe reads {schema.SCHEMA}")
+        if problem := unmeant.problem(report):
+            raise UsageError(f"{path}: {problem}, which no run writes; is the file damaged?")
         return report
     raise UsageError(f"{path}: there is no report; has the run finished?")

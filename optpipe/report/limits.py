@@ -29,8 +29,12 @@ def read(run: Path) -> Limits:
     """
     path = (run.parent if run.is_file() else run) / NAME
     try:
-        return store.from_json(Limits, path.read_bytes())
+        limits = store.from_json(Limits, path.read_bytes())
     except FileNotFoundError:
         return Limits()
     except ValidationError:
         raise UsageError(f"{path}: is damaged; give the same optpipe run again to have it anew") from None
+    problem = limits.problem()
+    if problem is not None:
+        raise UsageError(f"{path}: {problem[0]} = {problem[1]:g}: {problem[2]}")
+    return limits
