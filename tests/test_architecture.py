@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "selection": {"plugins", "types", "errors"},
     "recovery": {"types", "errors"},
     "recipe": {"recovery", "data", "models", "precision", "types", "errors"},
+    "trust": {"recipe", "data", "models", "errors"},
     # what a run leaves behind
     "report": {"files", "store", "types", "errors"},
     "beginning": {"files", "plugins", "models", "data", "graph", "types", "errors"},
@@ -204,6 +205,7 @@ ALLOWED: dict[str, set[str]] = {
         "rebuild",
         "survey",
         "selftest",
+        "trust",
         "environment",
         "console",
         "report",

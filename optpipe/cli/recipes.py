@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from optpipe.cli.options import DEBUG, PATH, RECIPE, SET
+from optpipe.cli.options import DEBUG, NO_CODE, PATH, RECIPE, SET
+
+if TYPE_CHECKING:
+    from optpipe.recipe import Recipe
 
 
 @click.command()
@@ -18,6 +22,7 @@ from optpipe.cli.options import DEBUG, PATH, RECIPE, SET
 @click.option("--fresh", is_flag=True, help="Move an earlier run in the folder aside and start anew.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the full recipe, write nothing.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the summary.")
+@NO_CODE
 @DEBUG
 def run(
     recipe: Path,
@@ -28,6 +33,7 @@ def run(
     fresh: bool,
     dry_run: bool,
     quiet: bool,
+    no_code: bool,
     debug: bool,
 ) -> None:
     """Run a RECIPE: ingest, analyze, prune, recover, export, benchmark.
@@ -37,6 +43,7 @@ def run(
     from optpipe import recipe as recipes
 
     loaded = recipes.load(recipe, [*overrides, *(['target.device="cuda"'] if gpu else [])])
+    _refuse_code(loaded, no_code)
     folder = out or Path("runs") / loaded.run.name
     from optpipe import pipeline, preparation
     from optpipe.console import EventConsole
@@ -65,6 +72,7 @@ def run(
 @click.option("--size", type=click.IntRange(min=1), nargs=2, metavar="H W", help="Of an image.")
 @click.option("--out", type=PATH, default="recipe.toml", show_default=True, help="The recipe to write.")
 @click.option("--force", is_flag=True, help="Replace a recipe that is there.")
+@NO_CODE
 @DEBUG
 def init(
     model: str,
@@ -77,6 +85,7 @@ def init(
     size: tuple[int, int] | None,
     out: Path,
     force: bool,
+    no_code: bool,
     debug: bool,
 ) -> None:
     """Write a commented recipe for a MODEL after looking at it; nothing is run.
@@ -85,6 +94,10 @@ def init(
     """
     from optpipe import beginning
 
+    if no_code:
+        from optpipe import trust
+
+        trust.refuse_named(model, calibration, evaluation, Path())
     asked = beginning.Asked(model, weights, calibration, evaluation, classes, channels, size)
     click.echo(beginning.as_text(beginning.begin(asked, out, force=force)), nl=False)
 
@@ -93,13 +106,22 @@ def init(
 @RECIPE
 @SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@NO_CODE
 @DEBUG
-def inspect(recipe: Path, overrides: Sequence[str], as_json: bool, debug: bool) -> None:
+def inspect(recipe: Path, overrides: Sequence[str], *, as_json: bool, no_code: bool, debug: bool) -> None:
     """List every block and channel group of a RECIPE's network, droppable or why not."""
     from optpipe import recipe as recipes
 
     loaded = recipes.load(recipe, overrides)
+    _refuse_code(loaded, no_code)
     from optpipe import inspection
 
     shown = inspection.inspect_recipe(loaded)
     click.echo(inspection.as_json(shown) if as_json else inspection.as_text(shown), nl=False)
+
+
+def _refuse_code(loaded: Recipe, no_code: bool) -> None:
+    if no_code:
+        from optpipe import trust
+
+        trust.refuse_code(loaded)

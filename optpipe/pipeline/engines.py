@@ -96,6 +96,6 @@ def reference(opened: store.Run) -> NDArray[np.float32]:
     """The original engine's logits on the evaluation images."""
     path = opened.stage_folder("ingest") / "logits.npy"
     try:
-        return cast("NDArray[np.float32]", np.load(path))
+        return cast("NDArray[np.float32]", np.load(path, allow_pickle=False))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); start anew with --fresh") from error
