@@ -4,7 +4,7 @@ PYTHON := $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu setup lint unit clean
+.PHONY: demo test test-slow test-gpu faults setup lint unit clean
 
 demo: setup
 	$(VENV)/bin/optpipe run recipes/practise.toml
@@ -34,6 +34,10 @@ test-slow: setup
 # On a machine with an NVIDIA GPU. What needs more than `setup` installs (the extra [nvidia]) is skipped, and says so.
 test-gpu: setup
 	$(VENV)/bin/python -m pytest -m gpu
+
+# Every bad input of the catalogue and of its generators; counts them in docs/reliability.md.
+faults: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m faults
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
