@@ -177,6 +177,7 @@ ALLOWED: dict[str, set[str]] = {
     "optpipe": {"api", "deploy", "version", "errors"},
     "console": {"store", "types"},
     "sweep": {
+        "trust",
         "files",
         "interruption",
         "pipeline",

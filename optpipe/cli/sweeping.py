@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from optpipe import interruption
-from optpipe.cli.options import DEBUG, PATH
+from optpipe.cli.options import DEBUG, NO_CODE, PATH
 from optpipe.errors import RunError
 
 
@@ -28,6 +28,7 @@ from optpipe.errors import RunError
 @click.option("--dry-run", is_flag=True, help="Check everything, list the runs, write nothing.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@NO_CODE
 @DEBUG
 def sweep(
     recipes: Sequence[Path],
@@ -40,6 +41,7 @@ def sweep(
     dry_run: bool,
     quiet: bool,
     as_json: bool,
+    no_code: bool,
     debug: bool,
 ) -> None:
     """Take each RECIPE to each latency budget, and say which run is the best for each.
@@ -51,9 +53,8 @@ def sweep(
     from optpipe import sweep as sweeps
 
     budgets = sweeps.reductions(latency)
-    planned = sweeps.plan(
-        recipes, budgets, out, [*overrides, *(['target.device="cuda"'] if gpu else [])], fresh=fresh
-    )
+    given = [*overrides, *(['target.device="cuda"'] if gpu else [])]
+    planned = sweeps.plan(recipes, budgets, out, given, fresh=fresh, no_code=no_code)
     if dry_run:
         for entry in planned.entries:
             click.echo(f"{entry.folder}: {entry.state(fresh=fresh)}")

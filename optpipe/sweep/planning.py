@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optpipe import pipeline, preparation, selection, store
+from optpipe import pipeline, preparation, selection, store, trust
 from optpipe import recipe as recipes
 from optpipe.errors import UsageError
 from optpipe.types import Budget, Target
@@ -98,11 +98,18 @@ def reductions(text: str) -> tuple[float, ...]:
 
 
 def plan(
-    paths: Sequence[Path], budgets: Sequence[float], out: Path, overrides: Sequence[str], *, fresh: bool
+    paths: Sequence[Path],
+    budgets: Sequence[float],
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    fresh: bool,
+    no_code: bool = False,
 ) -> Sweep:
     """Load every recipe and check that each can run at each budget, and that their results will compare.
 
-    ``fresh``: runs that are in the folders already do not count.
+    ``fresh``: runs that are in the folders already do not count. ``no_code``: nor does a recipe whose network
+    or images are a function, which would be imported.
 
     Raises:
         UsageError: a recipe cannot be run so, two of them do not compare or have one name, or a folder holds
@@ -118,6 +125,8 @@ def plan(
         recipes.load(path, [one.override for one in meant if one.recipe in {None, path.stem}])
         for path in paths
     ]
+    for recipe in loaded if no_code else ():
+        trust.refuse_code(recipe)
     _refuse_twins(loaded)
     entries: list[Entry] = []
     for recipe in loaded:

@@ -29,6 +29,10 @@ def _set(name: str, override: str, says: str, code: int = 2) -> Case:
     return Case(name, nothing, (*CHECK, "--set", override), code, says)
 
 
+def _sweep(name: str, words: tuple[str, ...], latency: str, says: str) -> Case:
+    return Case(name, nothing, ("sweep", *words, "--latency", latency), 2, says)
+
+
 def _folder(folder: Path) -> None:
     (folder / "small.toml").unlink()
     (folder / "small.toml").mkdir()
@@ -179,6 +183,17 @@ CASES = (
     Case("a run below a file", nothing, ("run", "small.toml", "--out", "mine.py/x"), 2, "cannot be made"),
     Case("the root for a run", nothing, ("run", "small.toml", "--out", "/"), 2, "cannot hold a run"),
     Case("another run's folder", nothing, ("run", "small.toml", "--out", "run"), 2, "holds another run"),
+    _added("workers of no kind", '[run]\nworkers = "many"', "[run] workers"),
+    _added("workers without end", f'[run]\nworkers = "local:{10**30}"', "[run] workers"),
+    _sweep("a sweep of no share", ("small.toml",), "a tenth", "is no number"),
+    _sweep("a sweep of all of a latency", ("small.toml",), "1.0", "must be between 0 and 1"),
+    _sweep("a sweep of what is no number", ("small.toml",), "nan", "must be between 0 and 1"),
+    _sweep("a sweep of a share twice", ("small.toml",), "0.1,0.10", "is there twice"),
+    _sweep("a sweep of no recipe", ("nowhere.toml",), "0.1", "there is no such recipe"),
+    _sweep("a sweep of text", ("mine.py",), "0.1", "is not valid TOML"),
+    _sweep("a sweep over a file", ("small.toml", "--out", "mine.py"), "0.1", "is a file"),
+    _sweep("a sweep over a run", ("small.toml", "--out", "run"), "0.1", "is a run"),
+    _sweep("a sweep of code, without code", ("small.toml", "--no-code"), "0.1", "--no-code"),
     Case("no command", nothing, ("rnu",), 2, "Did you mean 'run'"),
     Case("no recipe", nothing, ("run",), 2, "Missing argument"),
     Case("an unknown flag", nothing, ("run", "small.toml", "--fersh"), 2, "--fresh"),

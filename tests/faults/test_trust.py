@@ -85,6 +85,7 @@ def copied(good: Path, tmp_path: Path) -> Path:
     [
         (("run", "small.toml", "--dry-run"), '[model] name = "mine:network"'),
         (("inspect", "small.toml"), '[model] name = "mine:network"'),
+        (("sweep", "small.toml", "--latency", "0.1", "--dry-run"), '[model] name = "mine:network"'),
         (("init", "mine:network"), 'MODEL = "mine:network"'),
         (("init", "zoo:resnet20_cifar", "--calibration", "mine:images"), '--calibration = "mine:images"'),
         (("init", "zoo:resnet20_cifar", "--evaluation", "mine:images"), '--evaluation = "mine:images"'),
