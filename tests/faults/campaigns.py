@@ -256,12 +256,12 @@ def _json(name: str, *calls: tuple[str, ...]) -> Callable[[Path, np.random.Gener
 _PHOTOS = tuple(f"photos/{label}/{number}.png" for label in CLASSES for number in range(3))
 
 CAMPAIGNS = (
-    Campaign("ONNX files", 20, 1500, ("model.onnx",), _file("model.onnx", *engines.BENCH)),
-    Campaign("images", 8, 600, _PHOTOS, _photographs),
-    Campaign("data sets", 10, 600, ("many.npz", "small.toml"), _arrays),
-    Campaign("weights", 15, 1500, ("weights.pth",), _bare_weights),
-    Campaign("reports, by values", 15, 800, ("run/report.json",), _json("run/report.json", GATE, COMPARE)),
-    Campaign("reports, by bytes", 10, 600, ("run/report.json",), _file("run/report.json", *GATE)),
+    Campaign("ONNX files", 12, 1500, ("model.onnx",), _file("model.onnx", *engines.BENCH)),
+    Campaign("images", 4, 600, _PHOTOS, _photographs),
+    Campaign("data sets", 5, 600, ("many.npz", "small.toml"), _arrays),
+    Campaign("weights", 8, 1500, ("weights.pth",), _bare_weights),
+    Campaign("reports, by values", 8, 800, ("run/report.json",), _json("run/report.json", GATE, COMPARE)),
+    Campaign("reports, by bytes", 6, 600, ("run/report.json",), _file("run/report.json", *GATE)),
     Campaign(
         "manifests, by values",
         20,
@@ -272,5 +272,5 @@ CAMPAIGNS = (
     Campaign("manifests, by bytes", 10, 1000, (MANIFEST_PATH,), _file(MANIFEST_PATH, *VERIFY)),
 )
 
-RECIPES = 15, 1500
+RECIPES = 8, 1500
 """How many recipes hypothesis makes in the quick suite, and in the whole campaign."""
