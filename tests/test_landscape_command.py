@@ -144,7 +144,10 @@ def write_run(home: Path, run: Path, *overrides: str) -> Made:
     saved = deploy.Saved(setup.recipe.model, str(home), PLAN, SHAPE, setup.recipe.data.preprocess)
     origin = deploy.Origin(Fingerprint("a processor", "an OS", (), 1), "0" * 64, 3, ())
     target = Target("onnxruntime", 4, SHAPE, threads=1)
-    deploy.write_bundle(run / "deploy", result, saved, target, origin, [])
+    (run / "deploy").mkdir()
+    (run / "deploy" / "model.onnx").write_bytes(b"nobody opens it")
+    engine = deploy.BundledEngine("fp32", "onnxruntime", "model.onnx", "model.onnx", 0.0)
+    deploy.write_bundle(run / "deploy", result, saved, target, origin, [engine])
     networks: dict[str, nn.Module] = {"original": setup.original, "pruned": pruned, "result": result}
     return Made(run, home, setup.calibration, networks)
 
