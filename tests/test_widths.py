@@ -367,7 +367,9 @@ def test_a_narrow_network_comes_back_from_its_bundle(tmp_path: Path) -> None:
     machine = Fingerprint("a processor", "Linux 6", (), 1)
     target = Target("onnxruntime", 4, CIFAR, threads=1)
     saved = deploy.Saved(spec, str(tmp_path), plan, CIFAR, Preprocess((0.5,) * 3, (0.5,) * 3))
-    (tmp_path / "model.onnx").write_bytes(b"nobody opens it")
+    folder = tmp_path / "deploy"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"nobody opens it")
     engine = deploy.BundledEngine("fp32", "onnxruntime", "model.onnx", "model.onnx", 0.0)
-    deploy.write_bundle(tmp_path, cut, saved, target, deploy.Origin(machine, "c" * 64, 0, ()), [engine])
-    assert torch.equal(logits(optpipe.load(tmp_path), CIFAR), logits(cut, CIFAR))
+    deploy.write_bundle(folder, cut, saved, target, deploy.Origin(machine, "c" * 64, 0, ()), [engine])
+    assert torch.equal(logits(optpipe.load(folder), CIFAR), logits(cut, CIFAR))
