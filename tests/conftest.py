@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def make_report(
 @pytest.fixture
 def report() -> schema.Report:
     return make_report()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeds_interrupts() -> None:
+    """Begun in the background a process ignores Ctrl-C, and so would what is tested for heeding it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 WriteOnnx = Callable[..., Path]
