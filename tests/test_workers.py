@@ -194,11 +194,23 @@ def test_what_a_dead_worker_was_at_is_given_to_another(
     pool[0].compute(1, [0, 1], lambda place, worker: None)
     killing.join()
     assert [event.detail for event in pool[1] if event.kind == "warning"] == [
-        "died (signal 9); another takes its request over"
+        "died (signal 9); another takes its place"
     ]
     wanted, found = trials(serial.folder), trials(unanswered)
     assert len(found) == 4  # each block's size, which its latency was asked with, and its error
     assert {key: wanted.get(key) for key in found} == found
+
+
+@pytest.mark.slow
+def test_a_worker_that_died_idle_is_replaced(unanswered: Path, pool: tuple[Pool, list[Event]]) -> None:
+    pool[0].compute(1, [0, 1], lambda place, worker: None)
+    for worker in children(os.getpid()):
+        os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: all(not alive(worker) for worker in children(os.getpid())) or None)
+    done: list[int] = []
+    pool[0].compute(1, [0, 1], lambda place, worker: done.append(place))
+    assert sorted(done) == [0, 1]
+    assert [event.kind for event in pool[1]].count("warning") == 2
 
 
 @pytest.mark.slow

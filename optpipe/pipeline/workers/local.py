@@ -47,8 +47,8 @@ class _Worker:
 
     def give(self, batch: int, place: int) -> None:
         """Have it answer a request."""
-        self.place = place
         self.connection.send((batch, place))
+        self.place = place
 
     def end(self) -> int:
         """End it now; returns its exit code."""
@@ -77,9 +77,16 @@ class LocalPool:
         waiting, deaths = deque(wanted), Counter[int]()
         while waiting or self._busy():
             self._staff(min(self._count, len(waiting) + len(self._busy())))
-            for worker in self._workers:
+            for worker in tuple(self._workers):
                 if waiting and worker.place is None:
-                    worker.give(batch, waiting.popleft())
+                    try:
+                        worker.give(batch, waiting[0])
+                    except OSError:  # it died while it had nothing to do
+                        self._bury(worker)
+                    else:
+                        waiting.popleft()
+            if not self._busy():
+                continue
             for ready in wait([worker.connection for worker in self._workers]):
                 worker = next(one for one in self._workers if one.connection is ready)
                 try:
@@ -112,7 +119,7 @@ class LocalPool:
         self._workers.remove(worker)
         code = worker.end()
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._emit(Event("warning", worker.name, f"died ({why}); another takes its request over"))
+        self._emit(Event("warning", worker.name, f"died ({why}); another takes its place"))
         return worker.place
 
     def _refuse_endless(self, deaths: int) -> None:
