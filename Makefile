@@ -37,9 +37,9 @@ test-slow: setup
 test-gpu: setup
 	$(VENV)/bin/python -m pytest -m gpu
 
-# Every bad input of the catalogue and of its generators; counts them in docs/reliability.md.
+# The fault campaigns; writes what they come to into docs/reliability.md. One alone: make faults CAMPAIGNS=inputs
 faults: setup
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m faults
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m faults $(CAMPAIGNS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases, report, workspace
+from faults import cases, inputs, report, workspace
 from faults.cases import Case, Outcome
 from faults.catalogue import CATALOGUE
 from faults.networks import MARK
@@ -85,4 +85,4 @@ def test_a_file_that_is_lost_is_found(good: Path, tmp_path: Path) -> None:
 
 def test_the_page_says_what_the_catalogue_holds() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.replaced(page, report.section()) == page, "run `make faults`"
+    assert report.replaced(page, inputs.section()) == page, "run `make faults`"
