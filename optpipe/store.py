@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from optpipe import interruption
+from optpipe import interruption, locks
 from optpipe.errors import OptpipeError, UsageError
 from optpipe.files import write_atomically, write_failure
 from optpipe.types import Event
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 RECIPE = "recipe.toml"
 CACHE = ".optpipe-cache"
+ABANDONED_S = 24 * 3600.0
+"""How old a temporary file in a cache is before whoever wrote it is held for dead."""
 WEIGHTS = "weights.safetensors"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
@@ -142,8 +145,9 @@ class Run:
         if self.cache is None or not self._lends:
             return
         target = self.cache / room / key
-        if anew or not target.exists():
-            _duplicate(path, target)
+        with _lending(self.cache):
+            if anew or not target.exists():
+                _duplicate(path, target)
 
     def borrow(self, room: str, key: str, path: Path) -> bool:
         """Take a file or folder that another run of a sweep has lent; whether there is one.
@@ -155,7 +159,10 @@ class Run:
         source = self.cache / room / key
         if not source.exists():
             return False
-        _duplicate(source, path)
+        with _lending(self.cache, shared=True):
+            if not source.exists():
+                return False
+            _duplicate(source, path)
         return True
 
     def emit(self, event: Event) -> None:
@@ -191,10 +198,9 @@ def open_run(
         if fresh:
             move_aside(folder)
         for temporary in list(folder.rglob(".*.tmp")):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
+        if cache is not None:
+            _sweep(cache)
         recorded = folder / RECIPE
         if not recorded.exists():
             write_atomically(recorded, recipe_toml)
@@ -214,17 +220,15 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
     path = folder.with_name(f".{folder.name}.lock")
-    try:
-        lock = path.open("a")
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locks.held(path))
         except BlockingIOError:
             raise UsageError(
                 f"{folder}: another optpipe is running in this folder; wait for it or name another --out"
             ) from None
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be written: {error.strerror}") from None
         yield
 
 
@@ -282,26 +286,59 @@ def move_aside(folder: Path) -> None:
     folder.rename(old)
 
 
+@contextlib.contextmanager
+def _lending(cache: Path, *, shared: bool = False) -> Iterator[None]:
+    """Nobody takes a folder out of the cache, or ``shared`` puts one in, while another does.
+
+    A folder that is replaced is gone for a moment, and one that is copied meanwhile is half of each.
+    """
+    path = cache / ".lending.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(path, on_wait=lambda: None, shared=shared))
+        except OSError as error:
+            raise write_failure(error, path) from error
+        yield
+
+
 def _duplicate(source: Path, target: Path) -> None:
     """The whole of a file or folder at another place, or nothing.
 
     A file is linked where the disk can: files of a run are replaced, never written to. Those of a folder are
     copied, since engines may be built anew in their places.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process number: machines that share a folder count their own.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
             # Who borrows a stage says itself when it is done.
             shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("result.json", "failure.json"))
             shutil.rmtree(target, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
             _link(source, temporary)
         temporary.replace(target)
     except OSError as error:
         raise write_failure(error, target) from error
+    finally:
+        _remove(temporary)
+
+
+def _sweep(cache: Path) -> None:
+    """Take out of a cache what killed processes had half written; others may be writing in it now."""
+    for temporary in list(cache.glob("*/.*.tmp")):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat(follow_symlinks=False).st_mtime > ABANDONED_S:
+                _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "types": set(),
     "interruption": set(),
+    "locks": set(),
     "files": {"interruption", "errors"},
     # pure
     "losses": {"types", "errors"},
@@ -38,13 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "ensemble": set(),
     # at the machine's edge
     "backends": {"files", "interruption", "types", "errors"},
-    "store": {"files", "interruption", "types", "errors"},
-    "timing": {"types", "errors"},
+    "store": {"files", "interruption", "locks", "types", "errors"},
+    "timing": {"locks", "types", "errors"},
     "zoo": {"errors"},
     "models": {"zoo", "types", "errors"},
     "data": {"models", "types", "errors"},
-    "onnx_export": {"files", "types", "errors"},
-    "program_export": {"files", "types", "errors"},
+    "leftovers": set(),
+    "onnx_export": {"files", "leftovers", "types", "errors"},
+    "program_export": {"files", "leftovers", "types", "errors"},
     "precision": {"files", "store", "types", "errors"},
     "tune": {"augment", "interruption", "losses", "graph", "types", "errors"},
     "bank": {"files", "tune", "types", "errors"},
@@ -127,6 +129,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"onnx_export", "types"},
     "pipeline": {
         "files",
+        "locks",
         "preparation",
         "recipe",
         "version",
@@ -194,6 +197,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         "files",
         "interruption",
+        "locks",
         "optpipe",
         "pipeline",
         "preparation",

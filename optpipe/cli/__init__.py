@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from optpipe import __version__, interruption
+from optpipe import __version__, interruption, locks
 from optpipe.cli import finished, machine, recipes, sweeping
 from optpipe.cli.interrupted import last_words
 from optpipe.errors import OptpipeError
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Training threads that wait by spinning take the processor from the engines that are timed, and, on a
     # machine that others use too, from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with interruption.Watch(lambda: last_words(words, interruption.folder())) as watch:
+    watching = interruption.Watch(lambda: last_words(words, interruption.folder()))
+    with watching as watch, locks.telling(lambda line: click.echo(line, err=True)):
         try:
             _carry_out(words)
         except BaseException:
