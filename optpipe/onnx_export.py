@@ -18,6 +18,7 @@ import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
+from optpipe import leftovers
 from optpipe.errors import RunError
 from optpipe.files import write_atomically
 from optpipe.types import Images, Session
@@ -88,6 +89,7 @@ def export(
     assert program is not None
     proto = program.model_proto
     _strip(proto)
+    leftovers.forget(program.exported_program)
     write_atomically(path, proto.SerializeToString(deterministic=True))
 
 

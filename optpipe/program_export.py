@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from optpipe import leftovers
 from optpipe.errors import RunError
 from optpipe.files import write_atomically
 
@@ -40,6 +41,7 @@ def export(model: nn.Module, input_shape: Sequence[int], batch: int, path: Path)
             _strip(program.graph_module)
             content = io.BytesIO()
             torch.export.save(program, content)
+            leftovers.forget(program)
     except Exception as error:  # tracing runs the network's own forward, which may raise anything
         raise RunError(
             f"torch cannot export {type(model).__name__} to a program: {_first_line(error)}; "
