@@ -43,5 +43,10 @@ _NO_MEMORY = (
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error is one of memory that is not there; a GPU's own is told by torch's kind of error."""
-    return isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY)
+    """Whether an error, or what it was raised for, is one of memory that is not there.
+
+    A GPU's own is told by torch's kind of error.
+    """
+    if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
+        return True
+    return error.__cause__ is not None and lacks_memory(error.__cause__)

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
 from optpipe import leftovers
-from optpipe.errors import RunError
+from optpipe.errors import RunError, lacks_memory
 from optpipe.files import write_atomically
 from optpipe.types import Images, Session
 
@@ -82,6 +82,8 @@ def export(
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
         raise RunError(
             f"torch cannot export {type(model).__name__} to ONNX: {_first_line(error)}; "
             "its forward must be free of branches on data and work for any batch"

@@ -16,7 +16,12 @@ from typing import cast
 
 from faults import report
 
-CAMPAIGNS = ("inputs",)
+CAMPAIGNS = (
+    "inputs",
+    "crowd",
+    "memory",
+    "soak",
+)
 """Modules of this package that have ``run``, in the order of the page."""
 
 
