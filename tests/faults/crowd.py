@@ -113,22 +113,32 @@ def _differs(run: Path, expected: Came) -> list[str]:
 
 
 def in_one_folder(folder: Path, count: int) -> Tried:
-    """More runs in the folder of one that is at work: refused, and it goes on."""
+    """More runs in the folder of one that is at work: refused, and it goes on.
+
+    It is kept at work by another process that holds its device until all have been refused.
+    """
     expected = _alone(folder)
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    first = optpipe("run", "small.toml", "--out", "run", folder=folder)
-    wrong = list[str]()
-    begun = until((folder / "run" / "environment.json").exists, first)
+    shutil.rmtree(folder / "run")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    holder = Holder(temporary)
+    wrong = [] if holder.line() == "held" else ["nobody holds the device"]
     words = ("run", "small.toml", "--out", "run")
+    first = optpipe(*words, folder=folder, temporary=temporary)
+    if not until((folder / "run" / "environment.json").exists, first):
+        wrong.append("the first never began")
     # One that would move it aside among them.
     others = [optpipe(*words, *(["--fresh"] if number % 2 else []), folder=folder) for number in range(count)]
     for ended in [end(process) for process in others]:
         wrong += one_line(ended, 2, "another optpipe is running in this folder")
+    wrong += _ended(holder)
     ended = end(first)
-    if not begun or ended.code:
+    if ended.code:
         wrong.append(f"the first: exit code {ended.code}: {ended.err[-600:]!r}")
     else:
         wrong += _differs(folder / "run", expected)
+        if "waiting for process" not in ended.err:
+            wrong.append("the first did not say for whom it waited")
     moved = [path.name for path in folder.glob("run.old-*")]
     return Tried(count, (*wrong, *torn(folder), *(f"moved aside: {name}" for name in moved)))
 
@@ -377,7 +387,6 @@ Found and mended by it:
   `TMPDIR`.
 - Two runs that lent the same folder at the same moment could fail, and one that borrowed it meanwhile could
   have half of each: whoever changes or copies a lent folder now keeps the others out.
-- What a killed process had half written in a cache stayed there for ever; a day later it goes.
 
 Processes keep out of each other's way by a file in the temporary folder. Where they have different ones
 (`TMPDIR`, containers), they measure at the same time, and each other's noise.
