@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from optpipe import interruption
 from optpipe.errors import OptpipeError, UsageError
 from optpipe.files import write_atomically, write_failure
+from optpipe.shared import SharedStore
 from optpipe.types import Event
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ T = TypeVar("T")
 
 RECIPE = "recipe.toml"
 CACHE = ".optpipe-cache"
+SHARED = "shared-name"
 WEIGHTS = "weights.safetensors"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
@@ -78,10 +81,21 @@ class Run:
     Use :func:`open_run`; the lock is released when the context ends or the process dies.
     """
 
-    def __init__(self, folder: Path, cache: Path | None, *, lends: bool = False) -> None:
-        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too."""
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path | None,
+        *,
+        lends: bool = False,
+        shared: SharedStore | None = None,
+    ) -> None:
+        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too.
+
+        ``shared`` is where this run's answers lie for those of its workers that do not see the folder.
+        """
         self.folder = folder
         self.cache = cache
+        self.shared = shared
         self._lends = lends
 
     def stage_folder(self, stage: str) -> Path:
@@ -118,7 +132,10 @@ class Run:
 
     def answer(self, room: str, key: str, name: str, cls: type[T]) -> tuple[T, bool] | None:
         """A stored answer and whether it came from another run's cache; None if there is none."""
-        own = _read(self.folder / room / key / name, cls)
+        path = self.folder / room / key / name
+        own = _read(path, cls)
+        if own is None and self._take(path):
+            own = _read(path, cls)
         if own is not None:
             return own, False
         if self.cache is None:
@@ -130,8 +147,21 @@ class Run:
         """Store an answer in the run and, for other runs, in the cache."""
         text = to_json(value)
         write_atomically(self.folder / room / key / name, text)
+        self.give(self.folder / room / key / name)
         if self.cache is not None:
             write_atomically(self.cache / room / f"{key}-{name}", text)
+
+    def has(self, path: Path) -> bool:
+        """Whether a file of the run is there, now if a worker on another machine has given it."""
+        return path.exists() or self._take(path)
+
+    def give(self, path: Path) -> None:
+        """Let workers and driver on other machines have a file of the run, which never changes again."""
+        if self.shared is not None:
+            self.shared.give(path.relative_to(self.folder).as_posix(), path)
+
+    def _take(self, path: Path) -> bool:
+        return self.shared is not None and self.shared.take(path.relative_to(self.folder).as_posix(), path)
 
     def lend(self, room: str, key: str, path: Path, *, anew: bool = False) -> None:
         """Let the other runs of a sweep have a file or folder of this run, which never changes again.
@@ -173,12 +203,19 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None, lends: bool = False
+    folder: Path,
+    recipe_toml: str,
+    *,
+    fresh: bool,
+    cache: Path | None,
+    lends: bool = False,
+    shared: str = "",
 ) -> Iterator[Run]:
     """Open a run folder, new or to be resumed, and hold it.
 
     ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted. ``lends`` is for the runs
-    of a sweep, which have each other's files by the cache.
+    of a sweep, which have each other's files by the cache. ``shared`` is the address of a
+    :class:`~optpipe.shared.SharedStore`, where answers lie for workers on other machines too.
 
     Raises:
         UsageError: the folder holds another run or other files, or another process runs in it.
@@ -199,7 +236,15 @@ def open_run(
         if not recorded.exists():
             write_atomically(recorded, recipe_toml)
         with interruption.in_folder(folder):
-            yield Run(folder, cache, lends=lends)
+            yield Run(folder, cache, lends=lends, shared=_shared(folder, shared) if shared else None)
+
+
+def _shared(folder: Path, address: str) -> SharedStore:
+    """Where the run in a folder has its shared files: under a name that no run has or had but this one."""
+    path = folder / SHARED
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(16))
+    return SharedStore(address, path.read_text(encoding="utf-8").strip())
 
 
 @contextlib.contextmanager

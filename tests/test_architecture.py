@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "ensemble": set(),
     # at the machine's edge
     "backends": {"files", "interruption", "types", "errors"},
-    "store": {"files", "interruption", "types", "errors"},
+    "shared": {"files", "errors"},
+    "store": {"files", "shared", "interruption", "types", "errors"},
     "timing": {"types", "errors"},
     "zoo": {"errors"},
     "models": {"zoo", "types", "errors"},
@@ -150,6 +151,7 @@ ALLOWED: dict[str, set[str]] = {
         "onnx_export",
         "data",
         "graph",
+        "shared",
         "store",
         "types",
         "errors",

@@ -43,7 +43,7 @@ class Ground:
     def kept(self, key: str) -> Origin:
         """Whether weights are the run's own already, come from another run of a sweep, or must be trained."""
         path = self.run.weights(key)
-        if path.exists():
+        if self.run.has(path):
             return "reused"
         return "cached" if self.run.borrow("trained", f"{key}.safetensors", path) else "computed"
 
@@ -55,6 +55,7 @@ class Ground:
     def keep(self, key: str, state: dict[str, torch.Tensor]) -> None:
         """Store the weights of a training that is done, which needs no checkpoint any more."""
         store.save_tensors(self.run.weights(key), state)
+        self.run.give(self.run.weights(key))
         self.checkpoint(key).path.unlink(missing_ok=True)
         tune.release(self.device)
 

@@ -9,7 +9,7 @@ from optpipe.data import DataSpec, Preprocess
 from optpipe.precision import Settings
 from optpipe.types import Precision, Synthesis
 
-WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus")
+WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus", "store")
 """Keys of ``[run]`` that change nothing of what is computed."""
 
 
@@ -103,7 +103,8 @@ class RunTable:
     training is stored, to go on from there when it is interrupted. ``workers`` says who scores and trains
     candidates: "serial" is this process, "local:N" are N processes beside it, "ray" is a cluster. ``address``
     is where that listens. ``worker_cpus`` cores and ``worker_gpus`` GPUs of the cluster are each worker's.
-    Engines are always timed by this process, on this machine.
+    Engines are always timed by this process, on this machine. ``store`` is where answers lie for workers on
+    machines that do not see the run's folder: an address that fsspec knows, such as "s3://bucket/folder".
     """
 
     name: str
@@ -114,6 +115,7 @@ class RunTable:
     address: str = "auto"
     worker_cpus: int = 1
     worker_gpus: float = 0.0
+    store: str = ""
 
     @property
     def local_workers(self) -> int | None:
