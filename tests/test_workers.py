@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -330,8 +331,9 @@ def test_ray_workers_that_do_not_see_the_folder_answer_by_the_store(
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "workers"))
-    (tmp_path / "workers").mkdir()
+    # Not under tmp_path: Ray's sockets lie there too, and their names must be short.
+    own = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(own))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
         address = f'run.store="file://{tmp_path}/there"'
@@ -344,7 +346,8 @@ def test_ray_workers_that_do_not_see_the_folder_answer_by_the_store(
     assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
     answered = [detail for _, detail in found.details("trial") if detail.startswith("computed by a worker")]
     assert len(answered) == 2
-    assert list((tmp_path / "workers").glob("optpipe-worker-*")) == []
+    assert list(own.glob("optpipe-worker-*")) == []
+    shutil.rmtree(own)
 
 
 def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str]) -> None:
