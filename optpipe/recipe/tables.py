@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from optpipe.data import DataSpec, Preprocess
 from optpipe.precision import Settings
@@ -105,6 +106,8 @@ class RunTable:
     is where that listens. ``worker_cpus`` cores and ``worker_gpus`` GPUs of the cluster are each worker's.
     Engines are always timed by this process, on this machine. ``store`` is where answers lie for workers on
     machines that do not see the run's folder: an address that fsspec knows, such as "s3://bucket/folder".
+    ``trainer`` is the device that scores and trains: "target" is the target's own where torch can use it,
+    "cuda" a GPU also where the target is a processor, "cpu" none.
     """
 
     name: str
@@ -116,6 +119,7 @@ class RunTable:
     worker_cpus: int = 1
     worker_gpus: float = 0.0
     store: str = ""
+    trainer: Literal["target", "cpu", "cuda"] = "target"
 
     @property
     def local_workers(self) -> int | None:
