@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from optpipe import building, data, graph, quality, store, timing, tune
+from optpipe import building, data, graph, quality, seals, store, timing, tune
 from optpipe.errors import UsageError
 from optpipe.lab.engines import Engines
 from optpipe.lab.names import candidate_of, plan_name, request_name
@@ -253,9 +253,9 @@ class Lab:
 
     def _kept(self, key: str, path: Path) -> Origin:
         """Whether weights are the run's own already, come from another run of a sweep, or must be trained."""
-        if path.exists():
+        if seals.is_whole(path):
             return "reused"
-        return "cached" if self._run.borrow("trained", f"{key}.safetensors", path) else "computed"
+        return "cached" if self._run.borrow_tensors("trained", f"{key}.safetensors", path) else "computed"
 
     def _begin(self, request: Train) -> fx.GraphModule:
         """The request's candidate before its training."""

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What latency.json holds. ``second_build_s`` is None where a build leaves no cache behind."""
+    """What latency.json holds. ``second_build_s`` is None where a build leaves no cache behind.
+
+    ``epoch`` is the baseline's, as :class:`Engines` counts it.
+    """
 
     latency: Latency
     build_s: float
     second_build_s: float | None
+    epoch: int = 0
 
 
 class Engines:
@@ -133,7 +137,7 @@ class Engines:
         latency = measured.candidate(self._fingerprint)
         for warning in latency.warnings:
             self._emit(Event("warning", f"engine {folder.name[:12]}", warning))
-        record = EngineRecord(latency, engine.build_s, second_build_s)
+        record = EngineRecord(latency, engine.build_s, second_build_s, self._epoch)
         self._run.store_answer("engines", key, "latency.json", record)
         # The choice is exported anew with its recovered weights; a candidate's files have served.
         for path in folder.iterdir():
