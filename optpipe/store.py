@@ -92,7 +92,7 @@ class Run:
         """``cache`` holds the answers of other runs; with ``lends`` it holds their files too."""
         self.folder = folder
         self.cache = cache
-        self._lends = lends
+        self.lends = lends
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of a stage, numbered in the order of the pipeline."""
@@ -161,7 +161,7 @@ class Run:
         The first that is lent under a key stays, unless another is lent ``anew``. Nothing happens outside a
         sweep.
         """
-        if self.cache is None or not self._lends:
+        if self.cache is None or not self.lends:
             return
         target = self.cache / room / key
         if anew or not target.exists():
@@ -172,12 +172,15 @@ class Run:
 
         It is this run's own from then on, whatever becomes of the cache.
         """
-        if self.cache is None or not self._lends:
+        if self.cache is None or not self.lends:
             return False
         source = self.cache / room / key
         if not source.exists():
             return False
-        copied(source, path, self.folder, links=True)
+        try:
+            copied(source, path, self.folder, links=True)
+        except RunError:  # what cannot be read is not lent, and what cannot be written will be told of
+            return False
         return True
 
     def borrow_tensors(self, room: str, key: str, path: Path) -> bool:
@@ -191,7 +194,7 @@ class Run:
 
     def withdraw(self, room: str, key: str) -> None:
         """Take back what was lent and is damaged, so that a whole one can take its place."""
-        if self.cache is None or not self._lends:
+        if self.cache is None or not self.lends:
             return
         lent = self.cache / room / key
         with contextlib.suppress(OSError):

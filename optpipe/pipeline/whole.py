@@ -63,9 +63,10 @@ def logits_are_whole(opened: store.Run, ingested: Ingested) -> bool:
     return _unless(opened.stage_folder("ingest") / "logits.npy", ingested.logits_sha256) is None
 
 
-def engine_is_whole(opened: store.Run, ingested: Ingested) -> bool:
-    """Whether the original's engine is the one that was built."""
-    return _unless(opened.folder / ingested.engine, ingested.engine_sha256) is None
+def ingest_is_whole(opened: store.Run, ingested: Ingested) -> bool:
+    """Whether the original's engine is the one that was built, and the logits those that it gave."""
+    engine = _unless(opened.folder / ingested.engine, ingested.engine_sha256)
+    return engine is None and logits_are_whole(opened, ingested)
 
 
 def of_choice(choice: Choice) -> str:
