@@ -1,15 +1,17 @@
 """The memory bank: what interim networks say about every training image, stored once (EKG, Eqs 10 and 11).
 
 One file for each teacher, float16 (N, classes), read memory-mapped: a training step touches only the rows of
-its own images.
+its own images. At the file's end, after the array, is the sha256 of all before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from optpipe import files, tune
+from optpipe import files, seals, tune
 from optpipe.errors import RunError, UsageError
 from optpipe.types import Emit, Event, Images
 
@@ -161,7 +163,8 @@ def _write(
     Written in sequence, not through a map: a map on a full disk ends the process without a word.
     """
     header = {"descr": np.lib.format.dtype_to_descr(STORED), "fortran_order": False, "shape": shape}
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
+    with files.replacing(path) as temporary, temporary.open("wb") as whole:
+        file = _Digested(whole)
         np.lib.format.write_array_header_1_0(file, header)
         for rows in tune.logit_batches(network, images, device, "batch", half=half):
             if rows.shape[1] != shape[1]:
@@ -174,11 +177,27 @@ def _write(
                     'interim network is no teacher; set [recover] teachers = "single" or "none"'
                 )
             file.write(rows.numpy().astype(STORED).tobytes())
+        whole.write(file.sha256.digest())
+
+
+class _Digested:
+    """A file that is written to, and the sha256 of what was written so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """As the file's own."""
+        self.sha256.update(content)
+        return self._file.write(content)
 
 
 def _stored(path: Path, shape: tuple[int, int]) -> Stored | None:
-    """The file's array, mapped; None where there is none of that shape."""
+    """The file's array, mapped; None where there is none of that shape, or it is damaged."""
     try:
+        if not seals.ends_with_digest(path):
+            return None
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None

@@ -333,7 +333,9 @@ def _read(cls: type[T], path: Path) -> T:
     except FileNotFoundError:
         raise UsageError(f"{path}: is missing; has the run finished?") from None
     except ValueError:
-        raise UsageError(f"{path}: is of another version of optpipe; run the recipe anew") from None
+        raise UsageError(
+            f"{path}: is damaged or of another version of optpipe; run the recipe anew"
+        ) from None
 
 
 # ---------------------------------------------------------------- figures and figures' numbers

@@ -43,9 +43,10 @@ class Ground:
     def kept(self, key: str) -> Origin:
         """Whether weights are the run's own already, come from another run of a sweep, or must be trained."""
         path = self.run.weights(key)
-        if self.run.has(path):
+        if self.run.has_tensors(path):
+            self.checkpoint(key).path.unlink(missing_ok=True)  # a process was killed before it did
             return "reused"
-        return "cached" if self.run.borrow("trained", f"{key}.safetensors", path) else "computed"
+        return "cached" if self.run.borrow_tensors("trained", f"{key}.safetensors", path) else "computed"
 
     def checkpoint(self, key: str) -> store.DiskCheckpoint:
         """Of the training that leaves its weights under ``key``; it lies beside them."""

@@ -6,7 +6,10 @@ It sends back events, and for each pair whether it is done.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +18,8 @@ from multiprocessing.connection import Connection
 from optpipe.errors import OptpipeError
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.types import Event
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def main(descriptor: int) -> None:
@@ -49,7 +54,12 @@ def main(descriptor: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, in the middle of a training too."""
+    """End this process when its parent is gone, in the middle of a training too.
+
+    Linux does it at once, so that no worker is still writing when the run is begun again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:
