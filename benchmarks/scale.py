@@ -43,6 +43,7 @@ EXACT = 'method.scorer="exact"'
 RESNET50_STEPS, RESNET50_BATCH = 1000, 64
 NOISE = 8
 """Images that ResNet-50 is recorded with; a batch has no more."""
+NOISES = ("noise-calibration.npz", "noise-evaluation.npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class Recorded:
     factor: float = 1.0
 
 
-def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
-    """All of them; ``noise`` is where ResNet-50's images are."""
+def recorded(scale: float, folder: Path) -> tuple[Recorded, ...]:
+    """All of them; ``folder`` is where ResNet-50's images are."""
+    calibration, evaluation = (json.dumps(str(folder / name)) for name in NOISES)
     steps = max(1, round(RESNET50_STEPS * RESNET50_BATCH * scale / NOISE))
     factor = RESNET50_STEPS * RESNET50_BATCH / (steps * NOISE)
     return (
@@ -70,9 +72,9 @@ def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
             "recipes/imagenet/practise_resnet50.toml",
             (
                 "model.weights=random",
-                f"data.calibration.source={json.dumps(str(noise))}",
+                f"data.calibration.source={calibration}",
                 f"data.calibration.count={NOISE}",
-                f"data.evaluation.source={json.dumps(str(noise))}",
+                f"data.evaluation.source={evaluation}",
                 "target.batch=1",
                 EXACT,
                 f"method.exact_steps={steps}",
@@ -86,7 +88,7 @@ def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     record = _record(arguments.out)
-    for one in recorded(arguments.scale, arguments.runs / "noise.npz"):
+    for one in recorded(arguments.scale, arguments.runs.resolve()):
         known = any(found.name == one.name for found in record.workloads)
         if arguments.pairs or (known and not arguments.only):
             continue
@@ -146,11 +148,10 @@ def _publish(path: Path, record: Record) -> None:
 
 def record_run(one: Recorded, folder: Path) -> Workload:
     """Run it now, and read what each request took."""
-    noise = folder / "noise.npz"
-    if not noise.exists():
-        noise.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (NOISE, 224, 224, 3), dtype=np.uint8)
-        np.savez(noise, images=pixels, labels=np.arange(NOISE))
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(NOISES):
+        pixels = np.random.default_rng(seed).integers(0, 256, (NOISE, 224, 224, 3), dtype=np.uint8)
+        np.savez(folder / name, images=pixels, labels=np.arange(NOISE))
     where = folder / one.name.replace(": ", "-").replace(", ", "-")
     take(one.recipe, where, (*PLAIN, *one.sets))
     start = start_s(one, folder)
