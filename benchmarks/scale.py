@@ -162,7 +162,7 @@ def record_run(one: Recorded, folder: Path) -> Workload:
 def make_noise(folder: Path) -> None:
     """Images of noise, and a ResNet-50 with random weights whose batch-norms know such images.
 
-    With the statistics that it begins with, its features grow from block to block, and no training is stable.
+    With what it begins with its features grow from block to block, and no training is stable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(NOISES):
@@ -175,8 +175,9 @@ def make_noise(folder: Path) -> None:
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = 1.0
+            torch.nn.init.constant_(layer.weight, 0.1)
     with torch.no_grad():
-        network.train()(torch.rand(NOISE, 3, 224, 224) * 4 - 2)
+        network.train()(torch.rand(NOISE, 3, 224, 224) * 2 - 1)
     store.save_tensors(folder / WEIGHTS, network.state_dict())
 
 
