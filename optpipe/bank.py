@@ -107,7 +107,7 @@ def build(
     for number, (path, network) in enumerate(zip(paths, networks, strict=True), start=1):
         if path in missing:
             own = images if resized is None else resized(number - 1)
-            _write(path, network(), own, shape, device, half=half)
+            _write(path, network(), own, shape, device, half=half, emit=emit)
         if emit is not None:
             emit(Event("progress", "memory bank", path.stem, number, len(paths)))
     return open_bank(folder, len(paths), images, classes=classes)
@@ -154,7 +154,14 @@ def _announce(folder: Path, shape: tuple[int, int], teachers: int, missing: int,
 
 
 def _write(
-    path: Path, network: nn.Module, images: Images, shape: tuple[int, int], device: str, *, half: bool
+    path: Path,
+    network: nn.Module,
+    images: Images,
+    shape: tuple[int, int],
+    device: str,
+    *,
+    half: bool,
+    emit: Emit | None,
 ) -> None:
     """Store a network's logits batch by batch; the file is the whole new one or none.
 
@@ -163,7 +170,7 @@ def _write(
     header = {"descr": np.lib.format.dtype_to_descr(STORED), "fortran_order": False, "shape": shape}
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for rows in tune.logit_batches(network, images, device, "batch", half=half):
+        for rows in tune.logit_batches(network, images, device, "batch", half=half, emit=emit):
             if rows.shape[1] != shape[1]:
                 raise RunError(f"{path.stem}: has {rows.shape[1]} classes, the bank {shape[1]}")
             largest = float(rows.abs().max())

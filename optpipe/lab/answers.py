@@ -329,11 +329,11 @@ class Lab:
             images, originals = self._validation.images(plan), self._subject.validation
         elif score is not None:
             images, originals = data.part(images, score), data.part(originals, score)
-        own = tune.logits(network, images, self._device).numpy()
+        own = tune.logits(network, images, self._device, emit=self._emit).numpy()
         if images.labels is not None:
             # What the original says is asked for only where there are no labels.
             return quality.score(own, images.labels.numpy(), own, split)
-        reference = tune.logits(self._subject.original, originals, self._device).numpy()
+        reference = tune.logits(self._subject.original, originals, self._device, emit=self._emit).numpy()
         return quality.agreement(own, reference, split)
 
     def _fit(self, request: Fit) -> tuple[Answer, Origin]:

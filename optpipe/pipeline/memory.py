@@ -60,12 +60,14 @@ def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> l
     losses = [one.loss for one in interim]
     if any(loss is None for loss in losses):
         emit(Event("note", "memory bank", f"comparing {len(interim)} networks"))
-        losses = _losses(setup, start, interim)
+        losses = _losses(setup, start, interim, emit)
     known = [loss for loss in losses if loss is not None]
     return [interim[index].plan for index in bank.spaced(known, choice.recover.bank)]
 
 
-def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> list[float | None]:
+def _losses(
+    setup: Setup, start: fx.GraphModule, interim: Sequence[Interim], emit: Emit
+) -> list[float | None]:
     """The cross-entropy of each network on the first images of the calibration set, by batch statistics.
 
     Each takes them at its own plan's resolution.
@@ -77,6 +79,6 @@ def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> 
     for one in interim:
         network = graph.apply(start, one.plan, shape)
         own = data.resized(images, graph.image_shape(one.plan, shape)[1:])
-        logits = tune.logits(network, own, setup.device, batch_norm="batch")
+        logits = tune.logits(network, own, setup.device, batch_norm="batch", emit=emit)
         found.append(float(F.cross_entropy(logits, images.labels)))
     return found

@@ -22,8 +22,8 @@ from optpipe.tune.evaluation import BatchNorm, distance, logit_batches, logits
 from optpipe.tune.machine import native_bf16, on_this_machine, release, training_device
 from optpipe.tune.objective import Teachers, objective_of
 from optpipe.tune.parameters import optimizer_of, trainable
+from optpipe.tune.parts import Gradients
 from optpipe.tune.schedule import batch_indices, rate, steps_of, with_steps
-from optpipe.tune.views import views_of
 from optpipe.types import Emit, Event, Images, Objective, Tune
 
 __all__ = [
@@ -73,11 +73,13 @@ def train(
     ``tune.loss`` says which: "mimic" (PRACTISE, Eqs 31 and 34), "kd" and "cross" need the original, "labels"
     (EKG, Eqs 12 and 13) the images' labels, and the teachers where ``tune.teachers`` is not "none". Goes on
     from the checkpoint where there is one. Only batch-norm layers are ever put in train mode. On another
-    ``device`` the student goes there and comes back; the original stays where it is.
+    ``device`` the student goes there and comes back; the original stays where it is. A batch for which a GPU
+    has no memory is taken in parts (:class:`~optpipe.tune.parts.Gradients`), which an event tells.
 
     Raises:
         UsageError: the original, the labels or the teachers that the loss needs are missing.
-        RunError: the loss is no number any more; the checkpoint before it stays.
+        RunError: the loss is no number any more, or the GPU has no memory for a single image; the checkpoint
+            before it stays.
     """
     student.to(device).to(memory_format=torch.channels_last)
     objective = objective_of(student, original, calibration, tune, teachers, device)
@@ -100,10 +102,11 @@ def fit(
 ) -> Trained:
     """Train all parameters of ``student`` in place by an objective that is given; all else as :func:`train`.
 
-    Parameters that ask for no gradient are left as they are.
+    Parameters that ask for no gradient are left as they are. Only the batches of an objective that is
+    :class:`~optpipe.types.Divisible` can be taken in parts.
 
     Raises:
-        RunError: the loss is no number any more; the checkpoint before it stays.
+        RunError: the loss is no number any more, or the GPU has no memory; the checkpoint before it stays.
     """
     student.to(device).to(memory_format=torch.channels_last)
     parameters = {name: one for name, one in student.named_parameters() if one.requires_grad}
@@ -128,22 +131,19 @@ def _descend(
     device: str,
 ) -> Trained:
     """Follow the objective's gradient for the steps of ``tune``; the student comes back to the CPU."""
-    layout = torch.channels_last
     optimizer = optimizer_of(list(parameters.values()), tune)
     saved = checkpoint.load() if checkpoint is not None else None
     start = restore(saved, student, optimizer, parameters, objective) if saved is not None else 0
     first = last = float(saved["loss_first"]) if saved is not None else math.nan
-    half = on_this_machine(tune, device).autocast == "bf16"
+    gradients = Gradients(student, objective, calibration, tune, seed, device, emit)
     for step in range(start, tune.steps):
         # A step is whole or not at all, so that an interrupted training loses none.
         with interruption.held_back() as asked_to_stop:
             for group in optimizer.param_groups:
                 group["lr"] = tune.lr * rate(step, tune)
-            chosen = batch_indices(len(calibration), tune.batch, seed, step)
-            images = views_of(calibration.batch(chosen).to(device), tune, seed, step)
-            with torch.autocast(device, torch.bfloat16, enabled=half):
-                loss = objective.loss(chosen, images.contiguous(memory_format=layout))
-            before, last = last, float(loss.detach())
+            optimizer.zero_grad(set_to_none=True)
+            before = last
+            last = gradients.add(batch_indices(len(calibration), tune.batch, seed, step), step)
             if not math.isfinite(last):
                 raise RunError(
                     f"training diverged at step {step} of {tune.steps}: the loss is {last}, it was "
@@ -151,8 +151,6 @@ def _descend(
                     "by itself"
                 )
             first = last if math.isnan(first) else first
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             done = step + 1
             if (
