@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -42,7 +42,7 @@ def distance(
         (own,), (other,) = pupil(images), teacher(images)
         return float((own - other).square().sum(dtype=torch.float64)), own.numel()
 
-    found = list(_each_batch(error, calibration, device, EVALUATION_BATCH))
+    found = list(_each_batch(error, calibration, device, batches_of(len(calibration))))
     return sum(total for total, _ in found) / sum(elements for _, elements in found)
 
 
@@ -76,13 +76,16 @@ def logit_batches(
     *,
     half: bool = False,
     emit: Emit | None = None,
+    batches: Sequence[range] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The rows of :func:`logits` batch by batch, in order, for a set whose logits do not fit in memory."""
-    size = EVALUATION_BATCH
+    """The rows of :func:`logits` batch by batch, in order, for a set whose logits do not fit in memory.
+
+    ``batches`` are some of :func:`batches_of`, which follow each other; all by default.
+    """
     if batch_norm == "batch":
         if len(images) < 2:
             raise RunError(f"batch statistics of {len(images)} image: give at least 2")
-        network, size = _on_batch_statistics(network).to(device), STATISTICS_BATCH
+        network = _on_batch_statistics(network).to(device)
     else:
         network = there(network, device)
     layout = torch.channels_last if half else torch.preserve_format
@@ -96,7 +99,13 @@ def logit_batches(
         return found.float().cpu() if half else found.cpu()
 
     least = FEWEST if batch_norm == "batch" else 1
-    yield from _each_batch(answer, images, device, size, least=least, emit=emit)
+    whole = batches_of(len(images), batch_norm) if batches is None else batches
+    yield from _each_batch(answer, images, device, whole, least=least, emit=emit)
+
+
+def batches_of(count: int, batch_norm: BatchNorm = "running") -> list[range]:
+    """The batches in which so many images are evaluated."""
+    return parts_of(count, STATISTICS_BATCH if batch_norm == "batch" else EVALUATION_BATCH)
 
 
 def _on_batch_statistics(network: nn.Module) -> nn.Module:
@@ -112,23 +121,23 @@ def _each_batch(
     compute: Callable[[torch.Tensor], T],
     images: Images,
     device: str,
-    size: int,
+    batches: Sequence[range],
     *,
     least: int = 1,
     emit: Emit | None = None,
 ) -> Iterator[T]:
-    """What comes of each batch of at most ``size`` images; those that a GPU has no memory for are halved.
+    """What comes of each batch of images; those that a GPU has no memory for are halved.
 
     Batches are evenly large: a last one of a few images would have statistics that tell nothing.
     """
-    waiting = deque(parts_of(len(images), size))
+    waiting = deque(batches)
     while waiting:
         places = waiting[0]
         found = _tried(compute, images, places, device)
         if found is None:
             release(device)
             size, begin = _halved(len(places), least, emit), places.start
-            rest = parts_of(len(images) - begin, size)
+            rest = parts_of(waiting[-1].stop - begin, size)
             waiting = deque(range(begin + part.start, begin + part.stop) for part in rest)
             continue
         waiting.popleft()

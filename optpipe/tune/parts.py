@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from optpipe.errors import RunError
 from optpipe.tune.machine import on_this_machine, release
+from optpipe.tune.peers import ALONE, Peers, own_part
 from optpipe.tune.views import views_of
 from optpipe.types import Divisible, Emit, Event, Images, Objective, Tune
 
@@ -21,6 +23,10 @@ class Gradients:
     again from where it began. Losses and gradients are those of the whole batch, the mean over its images;
     so is the one update that running statistics get in a step, but for the variance between the parts. What
     differs is a batch-norm in train mode: it normalises each part with the part's own statistics.
+
+    Of several processes each takes its own share of every part, and the gradients that are added are the
+    whole batch's in all of them. They cannot begin a step again by themselves: who has no memory left says so
+    to whoever began the processes.
     """
 
     def __init__(
@@ -32,7 +38,10 @@ class Gradients:
         seed: int,
         device: str,
         emit: Emit | None,
+        peers: Peers = ALONE,
+        most: int | None = None,
     ) -> None:
+        """All ``peers`` begin with the state that the student has now, ``most`` images at once if given."""
         self._student = student
         self._objective = objective
         self._divisible = objective if isinstance(objective, Divisible) else None
@@ -43,53 +52,68 @@ class Gradients:
         self._emit = emit
         self._half = on_this_machine(tune, device).autocast == "bf16"
         self._statistics = Statistics(student)
-        self._most = min(tune.batch, len(calibration))
+        self._peers = peers
+        self._most = min(tune.batch, len(calibration), most or tune.batch)
+        self._loss = peers.joined(_Loss(student, objective))
 
     def add(self, chosen: Sequence[int], step: int) -> float:
         """Add the gradient of a step's images to the parameters, which have none yet; returns the loss.
 
         Raises:
             RunError: the device has no memory for a single image, or for a batch that cannot be divided.
+            OutOfMemoryError: one of several processes has no memory for its share.
         """
         self._statistics.keep()
         while True:
             try:
                 return self._whole(chosen, step)
             except torch.OutOfMemoryError:
-                pass
+                if self._peers.size > 1:
+                    raise
             # Not within the except: what it has caught holds on to all that the step had in memory.
             self._begin_again(step)
 
     def _whole(self, chosen: Sequence[int], step: int) -> float:
-        parts = parts_of(len(chosen), self._most)
-        total: torch.Tensor | float = 0.0
-        noted = []
+        parts = parts_of(len(chosen), self._most, self._peers.size)
+        total = torch.zeros((), device=self._device)
+        noted: list[tuple[range, torch.Tensor]] = []
         for rows in parts:
             self._statistics.begin()
-            share = len(rows) / len(chosen)
-            views = views_of(
-                self._calibration,
-                chosen,
-                self._tune,
-                self._seed,
-                step,
-                rows=rows,
-                device=self._device,
-            )
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
-                loss = self._objective.loss(
-                    [chosen[row] for row in rows], views.contiguous(memory_format=torch.channels_last)
-                )
-            loss = loss * share
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = total + loss.detach()
-            self._statistics.end(share)
+            own = own_part(rows, self._peers)
+            with contextlib.nullcontext() if rows is parts[-1] else self._peers.apart(self._loss):
+                total = total + self._part(own, chosen, step)
+            self._statistics.end(len(rows) / len(chosen))
             if self._divisible is not None:
-                noted.append(self._divisible.noted())
+                noted.append((own, self._divisible.noted()))
         self._statistics.update()
         if self._divisible is not None:
-            self._divisible.remember(torch.cat(noted))
-        return float(total)
+            self._divisible.remember(self._of_all(noted, len(chosen)))
+        return float(self._peers.total(total))
+
+    def _part(self, rows: range, chosen: Sequence[int], step: int) -> torch.Tensor:
+        """Add what these of the step's images have of its gradient; returns what they have of its loss."""
+        views = views_of(
+            self._calibration, chosen, self._tune, self._seed, step, rows=rows, device=self._device
+        )
+        with self._peers.normalised(), torch.autocast(self._device, torch.bfloat16, enabled=self._half):
+            loss = self._loss(
+                [chosen[row] for row in rows], views.contiguous(memory_format=torch.channels_last)
+            )
+        share = len(rows) / len(chosen)
+        # Of the gradients of all processes the mean is taken, and the sum is wanted.
+        self._peers.backward(loss * (share * self._peers.size))
+        found: torch.Tensor = share * loss.detach()
+        return found
+
+    def _of_all(self, noted: Sequence[tuple[range, torch.Tensor]], count: int) -> torch.Tensor:
+        """What the processes noted of a step's images, in the batch's order."""
+        _, first = noted[0]
+        if not len(first):
+            return first
+        whole = first.new_zeros(count)
+        for rows, found in noted:
+            whole[rows.start : rows.stop] = found
+        return self._peers.total(whole)
 
     def _begin_again(self, step: int) -> None:
         """Put everything back to where the step began, and halve what is taken at once."""
@@ -121,9 +145,25 @@ class Gradients:
         return text + ("; batch-norms see so many at once" if self._statistics else "")
 
 
-def parts_of(count: int, most: int) -> list[range]:
-    """A batch's places in as few runs of at most ``most`` as there can be, none more than one longer."""
-    number = -(-count // most)
+class _Loss(nn.Module):
+    """The objective as a module of the student's parameters, whose gradients processes can join."""
+
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self._objective = objective
+
+    def forward(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """As :meth:`~optpipe.types.Objective.loss`."""
+        return self._objective.loss(which, images)
+
+
+def parts_of(count: int, most: int, least: int = 1) -> list[range]:
+    """A batch's places in as few runs of at most ``most`` as there can be, none more than one longer.
+
+    None is shorter than ``least`` either, for which ``count`` must do; that comes first.
+    """
+    number = min(-(-count // most), count // least)
     edges = [count * part // number for part in range(number + 1)]
     return [range(begin, end) for begin, end in itertools.pairwise(edges)]
 
