@@ -62,14 +62,7 @@ class Replica:
         """
         self._assignment = assignment
         self._emit = emit
-        self._opened = store.Run(assignment.folder, assignment.cache)
-        if not (assignment.folder / store.RECIPE).is_file():
-            raise RunError(
-                f"{assignment.folder}: this worker does not see the run's folder; a run with workers on "
-                "other machines needs a folder that all of them share (--out)"
-            )
-        self._setup = synthesized(preparation.prepare(assignment.recipe), self._opened, emit)
-        _refuse_other(self._setup, assignment)
+        self._setup, self._opened = prepared(assignment, emit)
         self._begin()
 
     def _begin(self) -> None:
@@ -95,6 +88,23 @@ class Replica:
             self._requests = self._search.send(self._lab.answer(self._requests))
             self._batch += 1
         self._lab.compute(self._requests[place])
+
+
+def prepared(assignment: Assignment, emit: Emit) -> tuple[Setup, store.Run]:
+    """The setup of an assignment and the run's folder, as they are for the driver.
+
+    Raises:
+        OptpipeError: the model or the images are not there, or this machine would compute something else.
+    """
+    opened = store.Run(assignment.folder, assignment.cache)
+    if not (assignment.folder / store.RECIPE).is_file():
+        raise RunError(
+            f"{assignment.folder}: this worker does not see the run's folder; a run with workers on other "
+            "machines needs a folder that all of them share (--out)"
+        )
+    setup = synthesized(preparation.prepare(assignment.recipe), opened, emit)
+    _refuse_other(setup, assignment)
+    return setup, opened
 
 
 def _refuse_other(setup: Setup, assignment: Assignment) -> None:
