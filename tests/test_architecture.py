@@ -127,6 +127,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"onnx_export", "types"},
     "pipeline": {
         "files",
+        "interruption",
         "preparation",
         "recipe",
         "version",

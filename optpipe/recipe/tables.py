@@ -9,8 +9,8 @@ from optpipe.data import DataSpec, Preprocess
 from optpipe.precision import Settings
 from optpipe.types import Precision, Synthesis
 
-WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus")
-"""Keys of ``[run]`` that change nothing of what is computed."""
+WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus", "devices")
+"""Keys of ``[run]`` that change nothing of what is computed, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,8 @@ class RunTable:
     training is stored, to go on from there when it is interrupted. ``workers`` says who scores and trains
     candidates: "serial" is this process, "local:N" are N processes beside it, "ray" is a cluster. ``address``
     is where that listens. ``worker_cpus`` cores and ``worker_gpus`` GPUs of the cluster are each worker's.
-    Engines are always timed by this process, on this machine.
+    Engines are always timed by this process, on this machine. ``devices`` of this machine share the batches
+    of the recovery: GPUs, or on a CPU as many processes.
     """
 
     name: str
@@ -114,6 +115,7 @@ class RunTable:
     address: str = "auto"
     worker_cpus: int = 1
     worker_gpus: float = 0.0
+    devices: int = 1
 
     @property
     def local_workers(self) -> int | None:
