@@ -1,17 +1,18 @@
 """The memory bank: what interim networks say about every training image, stored once (EKG, Eqs 10 and 11).
 
 One file for each teacher, float16 (N, classes), read memory-mapped: a training step touches only the rows of
-its own images.
+its own images. At the file's end, after the array, is the sha256 of all before it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from optpipe import files, tune
+from optpipe import files, seals, tune
 from optpipe.errors import RunError, UsageError
 from optpipe.types import Emit, Event, Images
 
@@ -106,9 +107,7 @@ def build(
         )
     shape = (len(images), classes)
     paths = [folder / f"teacher-{number}.npy" for number in range(len(networks))]
-    # What one process finds another may be about to write: all take for missing what any of them misses.
-    found = torch.tensor([float(_stored(path, shape) is None) for path in paths])
-    missing = [path for path, misses in zip(paths, peers.total(found).tolist(), strict=True) if misses]
+    missing = _missing(paths, shape, peers)
     _announce(folder, shape, len(paths), len(missing), emit, peers)
     for number, (path, network) in enumerate(zip(paths, networks, strict=True), start=1):
         if path in missing:
@@ -145,6 +144,14 @@ def open_bank(
     return MemoryBank(tuple(logits), tuple(_loss(stored, images.labels, peers) for stored in logits))
 
 
+def _missing(paths: Sequence[Path], shape: tuple[int, int], peers: tune.Peers) -> list[Path]:
+    """The files that are not there, or not whole; each of the peers reads its own part of them."""
+    lacks = torch.zeros(len(paths))
+    for place in tune.own_part(range(len(paths)), peers):
+        lacks[place] = float(_stored(paths[place], shape) is None)
+    return [path for path, lack in zip(paths, peers.total(lacks).tolist(), strict=True) if lack]
+
+
 def _announce(
     folder: Path, shape: tuple[int, int], teachers: int, missing: int, emit: Emit | None, peers: tune.Peers
 ) -> None:
@@ -177,20 +184,25 @@ def _write_together(
     parts = [path.with_suffix(f".part-{rank}-of-{peers.size}.npy") for rank in range(peers.size)]
     own = tune.own_part(range(len(batches)), peers)
     rows = sum(len(batches[place]) for place in own)
-    if _stored(parts[peers.rank], (rows, shape[1])) is None:
+    if rows and _stored(parts[peers.rank], (rows, shape[1])) is None:
         write(parts[peers.rank], shape=(rows, shape[1]), batches=[batches[place] for place in own])
     peers.total(torch.zeros(1))  # all have written theirs
     if peers.rank == 0:
-        with files.replacing(path) as temporary, temporary.open("wb") as file:
-            _begin(file, shape)
-            for part in parts:
-                with part.open("rb") as written:
-                    np.lib.format.read_magic(written)
-                    np.lib.format.read_array_header_1_0(written)
-                    shutil.copyfileobj(written, file)
-        for part in parts:
-            part.unlink()
+        _join(path, shape, [part for part in parts if part.exists()])  # of few batches some have none
     peers.total(torch.zeros(1))  # the whole is there for all
+
+
+def _join(path: Path, shape: tuple[int, int], parts: Sequence[Path]) -> None:
+    """Make the parts' rows, one part after the other, the file of a teacher."""
+    with files.replacing(path) as temporary, temporary.open("wb") as whole:
+        file = _begun(whole, shape)
+        for part in parts:
+            rows = np.load(part, mmap_mode="r", allow_pickle=False)
+            for start in range(0, len(rows), ROWS):
+                file.write(rows[start : start + ROWS].tobytes())
+        whole.write(file.sha256.digest())
+    for part in parts:
+        part.unlink()
 
 
 def _write(
@@ -208,8 +220,8 @@ def _write(
 
     Written in sequence, not through a map: a map on a full disk ends the process without a word.
     """
-    with files.replacing(path) as temporary, temporary.open("wb") as file:
-        _begin(file, shape)
+    with files.replacing(path) as temporary, temporary.open("wb") as whole:
+        file = _begun(whole, shape)
         found = tune.logit_batches(network(), images, device, "batch", half=half, emit=emit, batches=batches)
         for rows in found:
             if rows.shape[1] != shape[1]:
@@ -222,16 +234,35 @@ def _write(
                     'interim network is no teacher; set [recover] teachers = "single" or "none"'
                 )
             file.write(rows.numpy().astype(STORED).tobytes())
+        whole.write(file.sha256.digest())
 
 
-def _begin(file: BinaryIO, shape: tuple[int, int]) -> None:
+class _Digested:
+    """A file that is written to, and the sha256 of what was written so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """As the file's own."""
+        self.sha256.update(content)
+        return self._file.write(content)
+
+
+def _begun(whole: IO[bytes], shape: tuple[int, int]) -> _Digested:
+    """The file with the header of an array of that shape."""
+    file = _Digested(whole)
     header = {"descr": np.lib.format.dtype_to_descr(STORED), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
+    return file
 
 
 def _stored(path: Path, shape: tuple[int, int]) -> Stored | None:
-    """The file's array, mapped; None where there is none of that shape."""
+    """The file's array, mapped; None where there is none of that shape, or it is damaged."""
     try:
+        if not seals.ends_with_digest(path):
+            return None
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None

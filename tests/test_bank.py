@@ -138,9 +138,9 @@ def test_the_bank_holds_the_logits_of_every_image_on_batch_statistics(
 
 def test_the_files_are_as_large_as_was_said(tmp_path: Path, images: ImageSet) -> None:
     bank.build(tmp_path, makers(1, 2, 3), images, classes=CLASSES)
-    headers = 3 * 128
+    headers, digests = 3 * 128, 3 * 32
     stored = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert stored == bank.size_bytes(COUNT, CLASSES, 3) + headers
+    assert stored == bank.size_bytes(COUNT, CLASSES, 3) + headers + digests
 
 
 def test_a_last_batch_of_one_image_is_none(

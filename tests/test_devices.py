@@ -276,11 +276,12 @@ def test_parts_of_a_batch_are_shared_too(pair: Pair) -> None:
         assert_alike(found["parts"], alone["mimic, eval"], within=1e-5)
 
 
+@pytest.mark.parametrize("batch", [4, 64])
 def test_a_bank_that_two_have_built_is_the_one_of_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int
 ) -> None:
-    """Batches of 4 images, three of which are one process's and three the other's; then a shorter round."""
-    monkeypatch.setattr(evaluation, "STATISTICS_BATCH", 4)
+    """Three batches for each of them, or a single one that one of them has."""
+    monkeypatch.setattr(evaluation, "STATISTICS_BATCH", batch)
     monkeypatch.setattr(bank, "ROWS", 4)
     made = [original(), original(1)]
     networks = [lambda: made[0], lambda: made[1]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from optpipe import files, store
+from optpipe import files, seals, store
 from optpipe.data import LARGEST, Pixels, Preprocess, check_preprocess, network_input
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
@@ -131,7 +131,7 @@ def bundled_files(folder: Path) -> dict[str, BundledFile]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json; what it lists is in place by then."""
-    files.write_atomically(folder / MANIFEST, store.to_json(manifest))
+    files.write_atomically(folder / MANIFEST, store.to_sealed(manifest))
 
 
 def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -230,6 +230,8 @@ def open_bundle(run: Path) -> tuple[Path, Manifest]:
         if path.is_file():
             try:
                 manifest = store.from_json(Manifest, path.read_bytes())
+            except seals.DamagedError as error:
+                raise UsageError(f"{path}: {error}; get the bundle anew") from None
             except ValidationError as error:
                 raise UsageError(f"{path}: is no manifest of optpipe: {error.error_count()} errors") from None
             _check(path, manifest)

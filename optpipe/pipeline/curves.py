@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from optpipe import data, graph, landscape, store, tune
+from optpipe import data, graph, landscape, seals, store, tune
 from optpipe.errors import UsageError
 from optpipe.pipeline import leakage
 from optpipe.preparation import Setup
@@ -152,7 +152,7 @@ def _train(
 ) -> None:
     """Recover ``student`` in place as the run did, on these images; read where it was done before."""
     weights = path.with_suffix(".safetensors")
-    if weights.exists():
+    if seals.is_whole(weights):
         store.load_tensors(student, weights)
         return
     emit(Event("note", "curves", f"recovering {path.name}, {len(images)} images"))

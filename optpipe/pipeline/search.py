@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-
-import numpy as np
+import shutil
 
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import UsageError
 from optpipe.lab import begin, drive, refuse_other_size
-from optpipe.pipeline import engines, recovering, workers
+from optpipe.lab.engines import EngineRecord
+from optpipe.pipeline import engines, recovering, whole, workers
 from optpipe.pipeline.laboratory import laboratory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
@@ -18,17 +18,16 @@ from optpipe.types import Choice, Emit, Engine, Event
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     """Export, build, score and time the original, or take what another run of the sweep found of it."""
-    borrowed = _borrowed(setup, opened, emit)
-    if borrowed is not None:
-        return borrowed
+    found = _borrowed(setup, opened, emit) or _left(opened, emit)
+    if found is not None:
+        return found
     folder = opened.stage_folder("ingest")
     engine = engines.build_original(setup, opened)
     with engines.session(setup.backend, setup.target, engine) as session:
         onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
         logits = engines.logits(session, setup.evaluation)
         latency = engines.time_alone(setup, session)
-    with files.replacing(folder / "logits.npy") as path, path.open("wb") as file:
-        np.save(file, logits)
+    logits_sha256 = engines.store_logits(opened, logits)
     measured = quality.score(logits, engines.labels(setup.evaluation), logits, "evaluation")
     onnx = folder / building.ONNX
     if not onnx.exists():
@@ -40,11 +39,28 @@ def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
         onnx_bytes=onnx.stat().st_size,
         engine=str(engine.path.relative_to(opened.folder)),
         engine_sha256=engine.sha256,
-        epoch=0,
+        epoch=_next_epoch(opened),
         seconds=0.0,
+        logits_sha256=logits_sha256,
     )
     _lend(setup, opened, found)
     return found
+
+
+def _next_epoch(opened: store.Run) -> int:
+    """0; or, where an ingest was lost that latencies were held against, an epoch that none of them is of."""
+    lost = [store.read_answer(path, EngineRecord) for path in opened.folder.glob("engines/*/latency.json")]
+    return 1 + max((one.epoch for one in lost if one is not None), default=-1)
+
+
+def score_again(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
+    """An ingest whose logits were lost or damaged, with those of its engine once more."""
+    emit(Event("warning", "ingest", "logits.npy is lost or damaged: the original is scored again"))
+    with engines.session(setup.backend, setup.target, engines.original(setup, opened, ingested)) as session:
+        logits = engines.logits(session, setup.evaluation)
+    renewed = dataclasses.replace(ingested, logits_sha256=engines.store_logits(opened, logits))
+    opened.finish_stage("ingest", renewed)
+    return renewed
 
 
 _LENT = "lent.json"
@@ -54,7 +70,7 @@ _LENT = "lent.json"
 def _lend(setup: Setup, opened: store.Run, found: Ingested, *, anew: bool = False) -> None:
     """Let the other runs of a sweep have an ingest; ``anew`` where it was timed again since."""
     folder = opened.stage_folder("ingest")
-    files.write_atomically(folder / _LENT, store.to_json(found))
+    files.write_atomically(folder / _LENT, store.to_sealed(found))
     opened.lend("ingest", _original_key(setup), folder, anew=anew)
 
 
@@ -78,6 +94,15 @@ def _original_key(setup: Setup) -> str:
     )
 
 
+def _left(opened: store.Run, emit: Emit) -> Ingested | None:
+    """What this run's own ingest came to, where its result was lost and the copy for other runs was not."""
+    found = store.read_answer(opened.stage_folder("ingest") / _LENT, Ingested)
+    if found is None or opened.lends or not whole.ingest_is_whole(opened, found):
+        return None
+    emit(Event("note", "ingest", "the original as this run measured it before"))
+    return found
+
+
 def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     """What another run of the sweep found of the same original, its engine held against torch once more.
 
@@ -86,9 +111,15 @@ def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     folder = opened.stage_folder("ingest")
     if not opened.borrow("ingest", _original_key(setup), folder):
         return None
+    found: Ingested | None
     try:
         found = store.from_json(Ingested, (folder / _LENT).read_bytes())
-    except (OSError, ValueError):  # of another version: measured anew
+    except (OSError, ValueError):
+        found = None
+    if found is None or not whole.ingest_is_whole(opened, found):
+        # Damaged, or of another version: measured anew, in a folder without remains of it.
+        opened.withdraw("ingest", _original_key(setup))
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     engine = Engine(opened.folder / found.engine, found.engine_sha256, build_s=0.0)
     with engines.session(setup.backend, setup.target, engine) as session:
@@ -151,12 +182,14 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
     candidate = graph.apply(begun, left, shape)
     parameters, macs = graph.count(candidate, resolved.shape)
-    store.save_tensors(opened.stage_folder("prune") / store.WEIGHTS, candidate.state_dict())
+    path = opened.stage_folder("prune") / store.WEIGHTS
+    store.save_tensors(path, candidate.state_dict())
     logits = tune.logits(candidate, resolved.evaluation(), setup.device).numpy()
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
     )
-    return Pruned(parameters, macs, measured, 0.0, graph.sparsity(candidate))
+    sparsity = graph.sparsity(candidate)
+    return Pruned(parameters, macs, measured, 0.0, sparsity, store.file_sha256(path))
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:

@@ -37,12 +37,11 @@ def synthesized(setup: Setup, opened: store.Run, emit: Emit) -> Setup:
     spec, shape = setup.recipe.data.calibration, setup.target.input_shape
     path = opened.folder / data.SYNTHESIZED
     made_of = _made_of(setup)
-    if not path.exists():
+    if not opened.has(path):
         opened.borrow("synthesized", f"{made_of}.npz", path)
     images = _made(setup, path, made_of, emit)
     opened.lend("synthesized", f"{made_of}.npz", path)
-    if not (opened.folder / SHEET).exists():
-        files.write_atomically(opened.folder / SHEET, contact_sheet(images))
+    files.write_atomically(opened.folder / SHEET, contact_sheet(images))
     kept = data.made(spec, opened.folder)
     return setup.with_calibration(data.load_images(kept, setup.recipe.data.preprocess, shape[0]))
 

@@ -16,7 +16,11 @@ from typing import cast
 
 from faults import report
 
-CAMPAIGNS = ("inputs",)
+CAMPAIGNS = (
+    "inputs",
+    "kills",
+    "rot",
+)
 """Modules of this package that have ``run``, in the order of the page."""
 
 

@@ -12,26 +12,34 @@ import importlib.util
 import torch
 
 from optpipe import store
+from optpipe.data import SYNTHESIZED
 from optpipe.errors import MissingError, UsageError
 from optpipe.lab import Pool
+from optpipe.pipeline.workers import cluster
 from optpipe.pipeline.workers.devices import train
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment
 from optpipe.preparation import Setup
 from optpipe.results import Ingested
+from optpipe.shared import SharedStore
 from optpipe.types import Emit
 
 __all__ = ["pool_of", "refuse", "train"]
 
 
 def refuse(setup: Setup) -> None:
-    """Refuse what workers or several devices could not do.
+    """Refuse what no worker or device could do.
 
     Raises:
-        UsageError: they could not load the network, or a batch or this machine has too few for so many.
-        MissingError: the package for several devices is not installed.
+        UsageError: they could not load the network, there is no such kind of store, or a batch or this
+            machine has too few for so many devices.
+        MissingError: Ray is not installed, or the package for the store or for several devices.
     """
     recipe, run = setup.recipe, setup.recipe.run
+    if run.store:
+        SharedStore(run.store, "")
+    if run.workers == "ray":
+        cluster.installed()
     asked = f'workers = "{run.workers}"' if run.workers != "serial" else f"devices = {run.devices}"
     if (run.workers != "serial" or run.devices > 1) and recipe.model.name.startswith("live:"):
         raise UsageError(
@@ -64,9 +72,15 @@ def pool_of(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> 
     run = setup.recipe.run
     if run.workers == "serial":
         return None
+    _give(opened)
     assignment = Assignment.of(setup, opened, ingested)
     if run.local_workers is not None:
         return LocalPool(assignment, run.local_workers, emit)
-    from optpipe.pipeline.workers.cluster import RayPool
+    return cluster.RayPool(assignment, run.address, run.worker_cpus, run.worker_gpus, emit)
 
-    return RayPool(assignment, run.address, run.worker_cpus, run.worker_gpus, emit)
+
+def _give(opened: store.Run) -> None:
+    """What workers need of a run beside its answers."""
+    for path in (opened.stage_folder("ingest") / "result.json", opened.folder / SYNTHESIZED):
+        if path.exists():
+            opened.give(path)

@@ -109,5 +109,6 @@ def _lacks(there: Facts, here: Facts) -> tuple[str, str]:
             '[recover] autocast = "off" makes both train alike',
         )
     if not there[4]:
-        return "does not see this folder", "start runs in a folder that all machines share"
+        mend = "start runs in a folder that all machines share, or give [run] store an address"
+        return "does not see this folder", mend
     return "", ""

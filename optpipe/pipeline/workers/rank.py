@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from optpipe import tune
+from optpipe import store, tune
 from optpipe.errors import OptpipeError, RunError
 from optpipe.pipeline import recovering
 from optpipe.pipeline.workers.child import die_with
@@ -62,7 +62,8 @@ def main(descriptor: int) -> None:
 def _train(order: Order, emit: Emit, asked: threading.Event) -> tune.Trained:
     if order.assignment.device == "cuda":  # before anything asks for memory on the first one
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    setup, opened = prepared(order.assignment, emit)
+    opened = store.Run(order.assignment.folder, order.assignment.cache)
+    setup = prepared(order.assignment, opened, emit)
     analyzed = opened.stage_result("analyze", Analyzed)
     if analyzed is None or recovering.key_of(setup, analyzed.choice) != order.key:
         raise RunError(f"{order.assignment.folder}: holds another choice than the one that is recovered")
