@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torchvision
 
 from benchmarks import runs
 from benchmarks.runs import ROOT
@@ -43,6 +45,8 @@ EXACT = 'method.scorer="exact"'
 RESNET50_STEPS, RESNET50_BATCH = 1000, 64
 NOISE = 8
 """Images that ResNet-50 is recorded with; a batch has no more."""
+NOISES = ("noise-calibration.npz", "noise-evaluation.npz")
+WEIGHTS = "noise-weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,9 @@ class Recorded:
     factor: float = 1.0
 
 
-def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
-    """All of them; ``noise`` is where ResNet-50's images are."""
+def recorded(scale: float, folder: Path) -> tuple[Recorded, ...]:
+    """All of them; ``folder`` is where ResNet-50's weights and images are."""
+    weights, calibration, evaluation = (json.dumps(str(folder / name)) for name in (WEIGHTS, *NOISES))
     steps = max(1, round(RESNET50_STEPS * RESNET50_BATCH * scale / NOISE))
     factor = RESNET50_STEPS * RESNET50_BATCH / (steps * NOISE)
     return (
@@ -69,10 +74,10 @@ def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
             "resnet50: practise, exact",
             "recipes/imagenet/practise_resnet50.toml",
             (
-                "model.weights=random",
-                f"data.calibration.source={json.dumps(str(noise))}",
+                f"model.weights={weights}",
+                f"data.calibration.source={calibration}",
                 f"data.calibration.count={NOISE}",
-                f"data.evaluation.source={json.dumps(str(noise))}",
+                f"data.evaluation.source={evaluation}",
                 "target.batch=1",
                 EXACT,
                 f"method.exact_steps={steps}",
@@ -86,7 +91,7 @@ def recorded(scale: float, noise: Path) -> tuple[Recorded, ...]:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     record = _record(arguments.out)
-    for one in recorded(arguments.scale, arguments.runs / "noise.npz"):
+    for one in recorded(arguments.scale, arguments.runs.resolve()):
         known = any(found.name == one.name for found in record.workloads)
         if arguments.pairs or (known and not arguments.only):
             continue
@@ -146,16 +151,33 @@ def _publish(path: Path, record: Record) -> None:
 
 def record_run(one: Recorded, folder: Path) -> Workload:
     """Run it now, and read what each request took."""
-    noise = folder / "noise.npz"
-    if not noise.exists():
-        noise.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (NOISE, 224, 224, 3), dtype=np.uint8)
-        np.savez(noise, images=pixels, labels=np.arange(NOISE))
+    make_noise(folder)
     where = folder / one.name.replace(": ", "-").replace(", ", "-")
     take(one.recipe, where, (*PLAIN, *one.sets))
     start = start_s(one, folder)
     words = " ".join(f"--set {word}" for word in one.sets if "noise" not in word)
     return workload(one.name, f"optpipe run {one.recipe} {words}".strip(), where, start, one.factor)
+
+
+def make_noise(folder: Path) -> None:
+    """Images of noise, and a ResNet-50 with random weights whose batch-norms know such images.
+
+    With the statistics that it begins with, its features grow from block to block, and no training is stable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(NOISES):
+        pixels = np.random.default_rng(seed).integers(0, 256, (NOISE, 224, 224, 3), dtype=np.uint8)
+        np.savez(folder / name, images=pixels, labels=np.arange(NOISE))
+    if (folder / WEIGHTS).exists():
+        return
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50(weights=None)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.rand(NOISE, 3, 224, 224) * 4 - 2)
+    store.save_tensors(folder / WEIGHTS, network.state_dict())
 
 
 def take(recipe: str, where: Path, sets: Sequence[str]) -> None:
