@@ -130,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"onnx_export", "types"},
     "pipeline": {
         "files",
+        "interruption",
         "seals",
         "preparation",
         "recipe",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from test_pipeline import write_recipe
 from whole_runs import Ran, forget, recovered_sha256, take
 
@@ -360,6 +361,17 @@ def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str
     assert f'{os.cpu_count()} cores; workers = "local:' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "no GPU that torch can use"), (1, "1 GPU; "), (4, "4 GPUs; devices = 4 trains")]
+)
+def test_doctor_says_how_many_devices_can_share_a_recovery(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    cli.main(["doctor", "--workers"])
+    assert f"devices: {said}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_doctor_exits_3_where_no_cluster_answers(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray", reason="the package ray is not installed")
@@ -372,8 +384,8 @@ def test_doctor_exits_3_where_no_cluster_answers(capsys: pytest.CaptureFixture[s
 # ---------------------------------------------------------------- processes
 
 
-def children(parent: int) -> list[int]:
-    """Workers that a process has begun and that still live."""
+def children(parent: int, kind: str = "process") -> list[int]:
+    """Workers of a kind that a process has begun and that still live."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -382,7 +394,7 @@ def children(parent: int) -> list[int]:
                 of = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if of == parent and b"optpipe.pipeline.workers.process" in words:
+            if of == parent and f"optpipe.pipeline.workers.{kind}".encode() in words:
                 found.append(int(entry.name))
     return sorted(found)
 

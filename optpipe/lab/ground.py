@@ -84,9 +84,9 @@ class Ground:
             images, originals = self.validation.images(plan), self.subject.validation
         elif score is not None:
             images, originals = data.part(images, score), data.part(originals, score)
-        own = tune.logits(network, images, self.device).numpy()
+        own = tune.logits(network, images, self.device, emit=self.emit).numpy()
         if images.labels is not None:
             # What the original says is asked for only where there are no labels.
             return quality.score(own, images.labels.numpy(), own, split)
-        reference = tune.logits(self.subject.original, originals, self.device).numpy()
+        reference = tune.logits(self.subject.original, originals, self.device, emit=self.emit).numpy()
         return quality.agreement(own, reference, split)

@@ -289,6 +289,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("timing", "drift", recipe.timing.drift, False, positive),
         ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
         ("run", "worker_cpus", recipe.run.worker_cpus, False, positive),
+        ("run", "devices", recipe.run.devices, False, positive),
     ]
     unmeant = recipe.gate.problem()
     if unmeant is not None:

@@ -10,8 +10,8 @@ from optpipe.data import DataSpec, Preprocess
 from optpipe.precision import Settings
 from optpipe.types import Precision, Synthesis
 
-WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus", "store")
-"""Keys of ``[run]`` that change nothing of what is computed."""
+WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus", "store", "devices")
+"""Keys of ``[run]`` that change nothing of what is computed, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ class RunTable:
     machines that do not see the run's folder: an address that fsspec knows, such as "s3://bucket/folder".
     ``trainer`` is the device that scores and trains: "target" is the target's own where torch can use it,
     "cuda" a GPU also where the target is a processor, "cpu" none.
+    ``devices`` of this machine share the batches of the recovery: GPUs, or on a CPU as many processes.
     """
 
     name: str
@@ -120,6 +121,7 @@ class RunTable:
     worker_gpus: float = 0.0
     store: str = ""
     trainer: Literal["target", "cpu", "cuda"] = "target"
+    devices: int = 1
 
     @property
     def local_workers(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Workers beside the process that drives a search: on this machine, or on a Ray cluster.
+"""Workers beside the process that drives a run: on this machine, or on a Ray cluster.
 
 Nothing of a search is sent to a worker. It loads the same recipe, replays the same search from the same
 store, and so comes to the same requests; all that it is told is the place of the one it is to answer. Its
@@ -7,11 +7,16 @@ answer lies in the store as the driver's own would, under the same key.
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
+
 from optpipe import store
 from optpipe.data import SYNTHESIZED
-from optpipe.errors import UsageError
+from optpipe.errors import MissingError, UsageError
 from optpipe.lab import Pool
 from optpipe.pipeline.workers import cluster
+from optpipe.pipeline.workers.devices import train
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment
 from optpipe.preparation import Setup
@@ -19,23 +24,42 @@ from optpipe.results import Ingested
 from optpipe.shared import SharedStore
 from optpipe.types import Emit
 
+__all__ = ["pool_of", "refuse", "train"]
+
 
 def refuse(setup: Setup) -> None:
-    """Refuse what no worker could do.
+    """Refuse what no worker or device could do.
 
     Raises:
-        UsageError: workers could not load the network, or there is no such kind of store.
-        MissingError: Ray is not installed, or the package for the store.
+        UsageError: they could not load the network, there is no such kind of store, or a batch or this
+            machine has too few for so many devices.
+        MissingError: Ray is not installed, or the package for the store or for several devices.
     """
-    recipe = setup.recipe
-    if recipe.run.store:
-        SharedStore(recipe.run.store, "")
-    if recipe.run.workers == "ray":
+    recipe, run = setup.recipe, setup.recipe.run
+    if run.store:
+        SharedStore(run.store, "")
+    if run.workers == "ray":
         cluster.installed()
-    if recipe.run.workers != "serial" and recipe.model.name.startswith("live:"):
+    asked = f'workers = "{run.workers}"' if run.workers != "serial" else f"devices = {run.devices}"
+    if (run.workers != "serial" or run.devices > 1) and recipe.model.name.startswith("live:"):
         raise UsageError(
-            f'{recipe.path}: [run] workers = "{recipe.run.workers}": each loads the network by its name, and '
-            'this one has none; give architecture = "package.module:function", or take workers = "serial"'
+            f"{recipe.path}: [run] {asked}: each loads the network by its name, and this one has none; give "
+            'architecture = "package.module:function", or take workers = "serial" and devices = 1'
+        )
+    if run.devices > 1:
+        _refuse_devices(setup)
+
+
+def _refuse_devices(setup: Setup) -> None:
+    devices, batch = setup.recipe.run.devices, min(setup.recover.batch, len(setup.calibration))
+    place = f"{setup.recipe.path}: [run] devices = {devices}"
+    if devices > batch:
+        raise UsageError(f"{place}: a batch of the recovery has {batch} images, too few for all of them")
+    if setup.device == "cuda" and devices > torch.cuda.device_count():
+        raise UsageError(f"{place}: this machine has {torch.cuda.device_count()} GPUs")
+    if importlib.util.find_spec("lightning_fabric") is None:
+        raise MissingError(
+            f"{place}: the package lightning-fabric is not installed; pip install 'optpipe[multi]'"
         )
 
 

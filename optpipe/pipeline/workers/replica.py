@@ -69,8 +69,7 @@ class Replica:
         self._emit = emit
         self._own = tempfile.TemporaryDirectory(prefix="optpipe-worker-") if assignment.shared else None
         self._opened = self._open()
-        self._setup = synthesized(preparation.prepare(assignment.recipe), self._opened, emit)
-        _refuse_other(self._setup, assignment)
+        self._setup = prepared(assignment, self._opened, emit)
         self._begin()
 
     def _open(self) -> store.Run:
@@ -115,6 +114,17 @@ class Replica:
             self._requests = self._search.send(self._lab.answer(self._requests))
             self._batch += 1
         self._lab.compute(self._requests[place])
+
+
+def prepared(assignment: Assignment, opened: store.Run, emit: Emit) -> Setup:
+    """The setup of an assignment, as it is for the driver, with images that are to be made from the run.
+
+    Raises:
+        OptpipeError: the model or the images are not there, or this machine would compute something else.
+    """
+    setup = synthesized(preparation.prepare(assignment.recipe), opened, emit)
+    _refuse_other(setup, assignment)
+    return setup
 
 
 def _refuse_other(setup: Setup, assignment: Assignment) -> None:
