@@ -44,8 +44,8 @@ from optpipe.methods import practise
 from optpipe.pipeline import engines
 from optpipe.pipeline.assembly import known_beforehand
 from optpipe.report import build, limits
-from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
-from optpipe.types import DeviceState, Limits
+from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Pruned, Recovered
+from optpipe.types import DeviceState, Limits, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
@@ -571,6 +571,108 @@ def test_a_baseline_that_stayed_keeps_its_latencies(copied: Path, setup: prepara
     assert {detail for _, detail in again.details("trial")} == {"reused"}
     assert [name for name, detail in again.details("note") if "latencies stay" in detail] == ["baseline"]
     assert again.details("warning") == []
+
+
+# ---------------------------------------------------------------- damaged
+
+
+def flip(path: Path) -> None:
+    """Flip a bit near the end of a file."""
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("03-prune/weights.safetensors", "prune"),
+        ("04-recover/weights.safetensors", "recover"),
+        ("deploy/model.safetensors", "export"),
+        ("deploy/manifest.json", "export"),
+        ("deploy/plan.json", "export"),
+    ],
+)
+def test_a_stage_whose_file_was_damaged_is_done_again(
+    copied: Path, finished: Ran, setup: preparation.Setup, name: str, stage: str
+) -> None:
+    flip(copied / name)
+    again = take(setup, copied)
+    assert again.details("warning")[0] == (stage, f"{name} is lost or damaged: the stage is done again")
+    done = dict(again.details("stage"))
+    assert [name for name, detail in done.items() if detail == "finished"] == [stage]
+    assert replace(again.report, stages=finished.report.stages) == finished.report
+    assert deploy.verify(copied) == []
+
+
+def test_later_stages_are_done_again_for_another_choice(
+    copied: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    analyzed = store.Run(copied, None).stage_result("analyze", Analyzed)
+    assert analyzed is not None
+    other = replace(analyzed.choice, plan=Plan(drop_blocks=("blocks.1",)))
+    store.Run(copied, None).finish_stage("analyze", replace(analyzed, choice=other))
+    again = take(setup, copied)
+    done = [name for name, detail in again.details("stage") if detail == "finished"]
+    assert done == ["prune", "recover", "export", "benchmark"]
+    assert again.report.plan == other.plan
+    assert again.report.result.parameters > finished.report.result.parameters
+
+
+def test_damaged_logits_of_the_original_are_taken_again(
+    copied: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    whole = (copied / "01-ingest" / "logits.npy").read_bytes()
+    flip(copied / "01-ingest" / "logits.npy")
+    forget(copied, "benchmark")
+    again = take(setup, copied)
+    assert ("ingest", "logits.npy is lost or damaged: the original is scored again") in again.details(
+        "warning"
+    )
+    assert (copied / "01-ingest" / "logits.npy").read_bytes() == whole
+    assert again.report.result.quality == finished.report.result.quality
+
+
+def test_a_damaged_engine_of_the_original_is_built_again(copied: Path, setup: preparation.Setup) -> None:
+    whole = (copied / "01-ingest" / "model.onnx").read_bytes()
+    flip(copied / "01-ingest" / "model.onnx")
+    forget(copied, "benchmark")
+    take(setup, copied)
+    assert (copied / "01-ingest" / "model.onnx").read_bytes() == whole
+
+
+def test_a_lost_ingest_is_what_it_was_or_begins_a_new_epoch(copied: Path, setup: preparation.Setup) -> None:
+    run = store.Run(copied, None)
+    before = run.stage_result("ingest", Ingested)
+    assert before is not None
+    forget(copied, "ingest")
+    take(setup, copied)
+    left = run.stage_result("ingest", Ingested)
+    assert left is not None
+    assert replace(left, seconds=before.seconds) == before
+    forget(copied, "ingest", "analyze")
+    (copied / "01-ingest" / "lent.json").unlink()
+    again = take(setup, copied)
+    anew = run.stage_result("ingest", Ingested)
+    assert anew is not None
+    assert anew.epoch == before.epoch + 1
+    assert "computed" in {detail for _, detail in again.details("trial")}
+
+
+def test_inputs_that_cannot_be_told_are_refused(copied: Path, setup: preparation.Setup) -> None:
+    flip(copied / "inputs.json")
+    with pytest.raises(UsageError, match=r"inputs.json: is damaged, and what the run was begun with"):
+        take(setup, copied)
+
+
+def test_what_a_killed_process_left_of_an_engine_goes(copied: Path, setup: preparation.Setup) -> None:
+    forget(copied, *store.STAGES[1:])
+    (copied / "engines" / "baseline").mkdir()
+    for folder in (copied / "engines").iterdir():
+        (folder / "model.onnx").write_bytes(b"left")
+    take(setup, copied)
+    assert not list((copied / "engines").rglob("model.onnx"))
+    assert not (copied / "engines" / "baseline").exists()
 
 
 # ---------------------------------------------------------------- failures
