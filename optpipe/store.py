@@ -46,12 +46,21 @@ def to_json(value: object) -> str:
     return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
 
 
-def to_sealed(value: object, more: Mapping[str, str] | None = None) -> str:
-    """The same with ``more`` keys, and with a seal by which :func:`from_json` sees whether it was damaged."""
+def to_sealed(value: object, made_from: str | None = None) -> str:
+    """The same with a seal, by which :func:`from_json` sees whether it was damaged.
+
+    ``made_from`` is the digest of what the value hangs on, for :func:`source_of`.
+    """
     text = to_json(value)
-    if more:
-        text = json.dumps({**json.loads(text), **more}, indent=1) + "\n"
+    if made_from is not None:
+        text = json.dumps({**json.loads(text), _MADE_FROM: made_from}, indent=1) + "\n"
     return seals.sealed(text)
+
+
+def source_of(path: Path) -> str | None:
+    """The digest of what a whole file of :func:`to_sealed` was made from; None where it does not say."""
+    source = json.loads(path.read_bytes()).get(_MADE_FROM)
+    return None if source is None else str(source)
 
 
 def from_json(cls: type[T], text: str | bytes) -> T:
@@ -108,13 +117,12 @@ class Run:
         if result is None or made_from is None:
             return result
         # An older optpipe did not say what a result was made from.
-        return result if json.loads(path.read_bytes()).get(_MADE_FROM, made_from) == made_from else None
+        return result if source_of(path) in {None, made_from} else None
 
     def finish_stage(self, stage: str, result: object, made_from: str | None = None) -> None:
         """Store a stage's result, and the digest of what it was made from; from now on it is done."""
         folder = self.stage_folder(stage)
-        more = {} if made_from is None else {_MADE_FROM: made_from}
-        write_atomically(folder / "result.json", to_sealed(result, more))
+        write_atomically(folder / "result.json", to_sealed(result, made_from))
         with contextlib.suppress(OSError):
             (folder / "failure.json").unlink(missing_ok=True)
 

@@ -52,7 +52,7 @@ def test_a_digit_that_reads_as_another_is_refused() -> None:
 
 
 def test_more_keys_are_sealed_too() -> None:
-    sealed = store.to_sealed(RESULT, {"made_from": "x"})
+    sealed = store.to_sealed(RESULT, "x")
     assert store.from_json(StepResult, sealed) == RESULT
     with pytest.raises(seals.DamagedError):
         store.from_json(StepResult, sealed.replace('"x"', '"y"'))
