@@ -62,7 +62,7 @@ Found by this campaign and mended, each with a test:
 
 ROOM = 48 * 2**20
 """Bytes of the disk that is filled."""
-RESUMED = 60
+RESUMED = 40
 """States at the most that are resumed, evenly chosen."""
 FAULTS = ("full", "read-only")
 _FILLER = "filler"
