@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from pydantic import TypeAdapter
 from optpipe import interruption, seals
 from optpipe.errors import OptpipeError, RunError, UsageError
 from optpipe.files import append_line, copied, write_atomically
+from optpipe.shared import SharedStore
 from optpipe.types import Event
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ T = TypeVar("T")
 RECIPE = "recipe.toml"
 _EVENTS = "events.jsonl"
 CACHE = ".optpipe-cache"
+SHARED = "shared-name"
 WEIGHTS = "weights.safetensors"
 _MADE_FROM = "made_from"
 STAGES = ("ingest", "analyze", "prune", "recover", "export", "benchmark")
@@ -97,10 +100,21 @@ class Run:
     Use :func:`open_run`; the lock is released when the context ends or the process dies.
     """
 
-    def __init__(self, folder: Path, cache: Path | None, *, lends: bool = False) -> None:
-        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too."""
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path | None,
+        *,
+        lends: bool = False,
+        shared: SharedStore | None = None,
+    ) -> None:
+        """``cache`` holds the answers of other runs; with ``lends`` it holds their files too.
+
+        ``shared`` is where this run's answers lie for those of its workers that do not see the folder.
+        """
         self.folder = folder
         self.cache = cache
+        self.shared = shared
         self.lends = lends
 
     def stage_folder(self, stage: str) -> Path:
@@ -147,7 +161,10 @@ class Run:
 
     def answer(self, room: str, key: str, name: str, cls: type[T]) -> tuple[T, bool] | None:
         """A stored answer and whether it came from another run's cache; None if there is none."""
-        own = read_answer(self.folder / room / key / name, cls)
+        path = self.folder / room / key / name
+        own = read_answer(path, cls)
+        if own is None and self._take(path):
+            own = read_answer(path, cls)
         if own is not None:
             return own, False
         if self.cache is None:
@@ -159,9 +176,26 @@ class Run:
         """Store an answer in the run and, for other runs, in the cache."""
         path = self.folder / room / key / name
         write_atomically(path, to_sealed(value))
+        self.give(path)
         if self.cache is not None:
             # By way of this run's folder, where what a killed process leaves half written is cleared.
             copied(path, self.cache / room / f"{key}-{name}", self.folder)
+
+    def has(self, path: Path) -> bool:
+        """Whether a file of the run is there, now if a worker on another machine has given it."""
+        return path.exists() or self._take(path)
+
+    def has_tensors(self, path: Path) -> bool:
+        """As :meth:`has`, of a safetensors file, which must hold what was written to it."""
+        return seals.is_whole(path) or (self._take(path) and seals.is_whole(path))
+
+    def give(self, path: Path) -> None:
+        """Let workers and driver on other machines have a file of the run, which never changes again."""
+        if self.shared is not None:
+            self.shared.give(path.relative_to(self.folder).as_posix(), path)
+
+    def _take(self, path: Path) -> bool:
+        return self.shared is not None and self.shared.take(path.relative_to(self.folder).as_posix(), path)
 
     def lend(self, room: str, key: str, path: Path, *, anew: bool = False) -> None:
         """Let the other runs of a sweep have a file or folder of this run, which never changes again.
@@ -221,12 +255,19 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    folder: Path, recipe_toml: str, *, fresh: bool, cache: Path | None, lends: bool = False
+    folder: Path,
+    recipe_toml: str,
+    *,
+    fresh: bool,
+    cache: Path | None,
+    lends: bool = False,
+    shared: str = "",
 ) -> Iterator[Run]:
     """Open a run folder, new or to be resumed, and hold it.
 
     ``fresh`` moves an earlier run aside instead of resuming it; nothing is deleted. ``lends`` is for the runs
-    of a sweep, which have each other's files by the cache.
+    of a sweep, which have each other's files by the cache. ``shared`` is the address of a
+    :class:`~optpipe.shared.SharedStore`, where answers lie for workers on other machines too.
 
     Raises:
         UsageError: the folder holds another run or other files, or another process runs in it.
@@ -247,7 +288,15 @@ def open_run(
         if not recorded.exists():
             write_atomically(recorded, recipe_toml)
         with interruption.in_folder(folder):
-            yield Run(folder, cache, lends=lends)
+            yield Run(folder, cache, lends=lends, shared=_shared(folder, shared) if shared else None)
+
+
+def _shared(folder: Path, address: str) -> SharedStore:
+    """Where the run in a folder has its shared files: under a name that no run has or had but this one."""
+    path = folder / SHARED
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(16))
+    return SharedStore(address, path.read_text(encoding="utf-8").strip())
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "ensemble": set(),
     # at the machine's edge
     "backends": {"files", "interruption", "types", "errors"},
-    "store": {"files", "interruption", "seals", "types", "errors"},
+    "shared": {"files", "errors"},
+    "store": {"files", "interruption", "seals", "shared", "types", "errors"},
     "timing": {"types", "errors"},
     "zoo": {"errors"},
     "models": {"zoo", "types", "errors"},
@@ -129,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": {"onnx_export", "types"},
     "pipeline": {
         "files",
+        "interruption",
         "seals",
         "preparation",
         "recipe",
@@ -153,6 +155,7 @@ ALLOWED: dict[str, set[str]] = {
         "onnx_export",
         "data",
         "graph",
+        "shared",
         "store",
         "types",
         "errors",

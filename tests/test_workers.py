@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from test_pipeline import write_recipe
 from whole_runs import Ran, forget, recovered_sha256, take
 
@@ -26,6 +28,7 @@ from optpipe.pipeline.workers import offer
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
+from optpipe.shared import SharedStore
 from optpipe.types import Event
 
 T = TypeVar("T")
@@ -63,7 +66,12 @@ def prepared(home: Path, workers: str, *more: str) -> preparation.Setup:
 def trials(folder: Path) -> dict[str, str]:
     """What each trial of a run says, but for how long it took."""
     return {
-        path.parent.name: "".join(line for line in path.read_text().splitlines() if '"seconds"' not in line)
+        path.parent.name: "".join(
+            line
+            for line in path.read_text().splitlines()
+            # The seal is over the seconds too; a last key has no comma after it.
+            if '"seconds"' not in line and '"seal"' not in line
+        )
         for path in folder.glob("trials/*/*.json")
     }
 
@@ -201,6 +209,28 @@ def test_what_a_dead_worker_was_at_is_given_to_another(
     assert {key: wanted.get(key) for key in found} == found
 
 
+def test_a_replica_elsewhere_works_by_the_store_alone(
+    home: Path, serial: Ran, unanswered: Path, tmp_path: Path
+) -> None:
+    """What it is told of the run's folder is not there, and neither is anything of its own afterwards."""
+    address = f"file://{tmp_path}/there"
+    setup = prepared(home, "ray", f'run.store="{address}"')
+    driver = store.Run(unanswered, None, shared=SharedStore(address, "one"))
+    for path in (unanswered / "01-ingest" / "result.json", *unanswered.glob("engines/*/latency.json")):
+        driver.give(path)
+    ingested = driver.stage_result("ingest", Ingested)
+    assert ingested is not None
+    assignment = replace(Assignment.of(setup, driver, ingested), folder=tmp_path / "elsewhere")
+    replica = Replica(assignment, lambda event: None)
+    # The trials of the first batch are the driver's, which the replica computes for itself where it has to.
+    replica.compute(1, 0)
+    replica.close()
+    (given,) = (tmp_path / "there" / "one" / "trials").glob("*/weights.safetensors")
+    key = given.parent.name
+    assert trials(tmp_path / "there" / "one")[key] == trials(serial.folder)[key]
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.slow
 def test_a_worker_that_died_idle_is_replaced(unanswered: Path, pool: tuple[Pool, list[Event]]) -> None:
     pool[0].compute(1, [0, 1], lambda place, worker: None)
@@ -298,9 +328,48 @@ def test_a_ray_cluster_that_loses_a_node_comes_to_the_same_plan(
     assert trials(home / "ray") == trials(serial.folder)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_workers_that_do_not_see_the_folder_answer_by_the_store(
+    home: Path, serial: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Not under tmp_path: Ray's sockets lie there too, and their names must be short.
+    own = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(own))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        address = f'run.store="file://{tmp_path}/there"'
+        setup = prepared(home, "ray", f'run.address="{cluster.address}"', address)
+        found = take(setup, home / "stored")
+    finally:
+        cluster.shutdown()
+    assert found.choice.plan == serial.choice.plan
+    assert trials(found.folder) == trials(serial.folder)
+    assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
+    answered = [detail for _, detail in found.details("trial") if detail.startswith("computed by a worker")]
+    assert len(answered) == 2
+    assert list(own.glob("optpipe-worker-*")) == []
+    shutil.rmtree(own)
+
+
 def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["doctor", "--workers"])
     assert f'{os.cpu_count()} cores; workers = "local:' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "no GPU that torch can use"), (1, "1 GPU; "), (4, "4 GPUs; devices = 4 trains")]
+)
+def test_doctor_says_how_many_devices_can_share_a_recovery(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    cli.main(["doctor", "--workers"])
+    assert f"devices: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -315,8 +384,8 @@ def test_doctor_exits_3_where_no_cluster_answers(capsys: pytest.CaptureFixture[s
 # ---------------------------------------------------------------- processes
 
 
-def children(parent: int) -> list[int]:
-    """Workers that a process has begun and that still live."""
+def children(parent: int, kind: str = "process") -> list[int]:
+    """Workers of a kind that a process has begun and that still live."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -325,7 +394,7 @@ def children(parent: int) -> list[int]:
                 of = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if of == parent and b"optpipe.pipeline.workers.process" in words:
+            if of == parent and f"optpipe.pipeline.workers.{kind}".encode() in words:
                 found.append(int(entry.name))
     return sorted(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from optpipe import building, store, timing, tune
+from optpipe import building, store, timing
 from optpipe.lab.engines import Engines
 from optpipe.lab.fits import Fits
 from optpipe.lab.ground import Ground
@@ -66,21 +66,22 @@ class Lab:
         epoch: int,
         emit: Emit,
         *,
+        device: str = "cpu",
         checkpoint_every: int = 50,
         pool: Pool | None = None,
         measured_by: Fingerprint | None = None,
     ) -> None:
         """``epoch`` counts how often the baseline drifted; latencies of another epoch are not reused.
 
-        ``checkpoint_every`` is how many steps a candidate trains between two checkpoints. A ``pool`` answers
-        what can be answered elsewhere, latencies never. With ``measured_by`` nothing is timed here, as in
-        :class:`~optpipe.lab.engines.Engines`.
+        ``device`` trains and scores. ``checkpoint_every`` is how many steps a candidate trains between two
+        checkpoints. A ``pool`` answers what can be answered elsewhere, latencies never. With ``measured_by``
+        nothing is timed here, as in :class:`~optpipe.lab.engines.Engines`.
         """
         ground = Ground(
             run,
             subject,
             shape=bench.target.input_shape,
-            device=tune.training_device(bench.target.device),
+            device=device,
             emit=emit,
             checkpoint_every=checkpoint_every,
             resolutions=Resolutions(subject.calibration),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from optpipe import data, quality, seals, store, tune
+from optpipe import data, quality, store, tune
 from optpipe.lab.subject import KEY_VERSION, Origin, Resolutions, Subject
 from optpipe.types import Emit, Plan, Quality
 
@@ -43,7 +43,7 @@ class Ground:
     def kept(self, key: str) -> Origin:
         """Whether weights are the run's own already, come from another run of a sweep, or must be trained."""
         path = self.run.weights(key)
-        if seals.is_whole(path):
+        if self.run.has_tensors(path):
             self.checkpoint(key).path.unlink(missing_ok=True)  # a process was killed before it did
             return "reused"
         return "cached" if self.run.borrow_tensors("trained", f"{key}.safetensors", path) else "computed"
@@ -56,6 +56,7 @@ class Ground:
     def keep(self, key: str, state: dict[str, torch.Tensor]) -> None:
         """Store the weights of a training that is done, which needs no checkpoint any more."""
         store.save_tensors(self.run.weights(key), state)
+        self.run.give(self.run.weights(key))
         self.checkpoint(key).path.unlink(missing_ok=True)
         tune.release(self.device)
 
@@ -83,9 +84,9 @@ class Ground:
             images, originals = self.validation.images(plan), self.subject.validation
         elif score is not None:
             images, originals = data.part(images, score), data.part(originals, score)
-        own = tune.logits(network, images, self.device).numpy()
+        own = tune.logits(network, images, self.device, emit=self.emit).numpy()
         if images.labels is not None:
             # What the original says is asked for only where there are no labels.
             return quality.score(own, images.labels.numpy(), own, split)
-        reference = tune.logits(self.subject.original, originals, self.device).numpy()
+        reference = tune.logits(self.subject.original, originals, self.device, emit=self.emit).numpy()
         return quality.agreement(own, reference, split)

@@ -120,5 +120,7 @@ class Trials:
         )
         if adapted:
             candidate = graph.fold(candidate)
-        store.save_tensors(ground.run.weights(key), candidate.state_dict())
+        path = ground.run.weights(key)
+        store.save_tensors(path, candidate.state_dict())
+        ground.run.give(path)
         return candidate

@@ -43,8 +43,14 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | N
         cache = folder.resolve().parent / store.CACHE
     if not setup.recipe.run.cache:
         cache = None
-    lends = shared is not None
-    with store.open_run(folder, setup.frozen, fresh=fresh, cache=cache, lends=lends) as opened:
+    with store.open_run(
+        folder,
+        setup.frozen,
+        fresh=fresh,
+        cache=cache,
+        lends=shared is not None,
+        shared=setup.recipe.run.store,
+    ) as opened:
 
         def tell(event: Event) -> None:
             opened.emit(event)

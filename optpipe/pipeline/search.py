@@ -9,11 +9,11 @@ from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import UsageError
 from optpipe.lab import begin, drive, refuse_other_size
 from optpipe.lab.engines import EngineRecord
-from optpipe.pipeline import engines, memory, whole, workers
+from optpipe.pipeline import engines, recovering, whole, workers
 from optpipe.pipeline.laboratory import laboratory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
-from optpipe.types import Choice, Emit, Engine, Event, Plan
+from optpipe.types import Choice, Emit, Engine, Event
 
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
@@ -197,41 +197,12 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
-    """Train the pruned network as the choice says, at its resolution; goes on from the last checkpoint."""
-    folder = opened.stage_folder("recover")
-    shape = setup.target.input_shape
-    begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
-    candidate = graph.apply(begun, left, shape)
-    if choice.recover.rescale and left.keep_channels:
-        candidate = graph.rescale(begun, left, shape, candidate)
-    path = folder / store.WEIGHTS
+    """Train the pruned network as the choice says, on as many devices as the recipe does."""
+    path = opened.stage_folder("recover") / store.WEIGHTS
     if not choice.recover.steps:
-        store.save_tensors(path, candidate.state_dict())
+        store.save_tensors(path, recovering.candidate_of(setup, opened, choice).state_dict())
         return Recovered(store.file_sha256(path), None, None, 0.0)
-    # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
-    seed = setup.recipe.run.seed
-    key = store.digest(
-        choice.plan, choice.recover, choice.start, *choice.interim, seed, setup.calibration.digest
-    )[:16]
-    # A part of what a method made itself is no network that can teach: units may be masked in it.
-    own = choice.start is not None and bool(choice.start.part)
-    narrowed = choice.start is not None and choice.start.plan != Plan()
-    whole = setup.original if own or narrowed else begun
-    teachers = memory.bank_of(setup, folder / f"bank-{key}", whole, choice, emit)
-    trained = tune.train(
-        candidate,
-        setup.original,
-        setup.at(choice.plan).calibration(),
-        choice.recover,
-        seed=seed,
-        checkpoint=store.DiskCheckpoint(
-            folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
-        ),
-        emit=emit,
-        device=setup.device,
-        teachers=teachers,
-    )
-    store.save_tensors(path, candidate.state_dict())
-    # On large sets the bank is the largest thing in a run, and it has served.
-    shutil.rmtree(folder / f"bank-{key}", ignore_errors=True)
+    teachers = recovering.teachers_of(setup, opened, choice, emit)
+    train = recovering.train if setup.recipe.run.devices == 1 else workers.train
+    trained = train(setup, opened, choice, teachers, emit)
     return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)

@@ -37,7 +37,7 @@ def synthesized(setup: Setup, opened: store.Run, emit: Emit) -> Setup:
     spec, shape = setup.recipe.data.calibration, setup.target.input_shape
     path = opened.folder / data.SYNTHESIZED
     made_of = _made_of(setup)
-    if not path.exists():
+    if not opened.has(path):
         opened.borrow("synthesized", f"{made_of}.npz", path)
     images = _made(setup, path, made_of, emit)
     opened.lend("synthesized", f"{made_of}.npz", path)

@@ -9,14 +9,27 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from optpipe.errors import MissingError
 from optpipe.types import Tune
 
 T = TypeVar("T", bound=nn.Module)
 
 
-def training_device(device: str) -> str:
-    """Where to train for a target's device: on the GPU where torch can use it, else on the CPU."""
-    return "cuda" if device == "cuda" and torch.cuda.is_available() else "cpu"
+def training_device(device: str, trainer: str = "target") -> str:
+    """Where to train for a target's device: on the GPU where torch can use it, else on the CPU.
+
+    ``trainer`` names another than the target's own: "cpu" or "cuda".
+
+    Raises:
+        MissingError: a GPU is asked for, and torch can use none.
+    """
+    if trainer == "cuda" and not torch.cuda.is_available():
+        raise MissingError(
+            '[run] trainer = "cuda": torch finds no GPU that it can use here; see `optpipe doctor --gpu`, or '
+            'take trainer = "cpu"'
+        )
+    wanted = device if trainer == "target" else trainer
+    return "cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def on_this_machine(tune: Tune, device: str = "cpu") -> Tune:

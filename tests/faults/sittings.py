@@ -85,12 +85,12 @@ def _carry_out(words: tuple[str, ...], home: str, said: str, prepare: Callable[[
     if "faults.warmed" not in sys.modules:  # what fails there fails silently
         raise RuntimeError("the process that this one was forked from is not warm")
     from faults import small_runs
-    from optpipe.pipeline.workers import local
+    from optpipe.pipeline.workers import child
 
     _redirect(said)
     os.chdir(home)
     small_runs.keep_exports(Path(said).parent / "exports")
-    local.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=None)  # type: ignore[assignment,attr-defined]
+    child.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=None)  # type: ignore[assignment,attr-defined]
     if prepare is not None:
         prepare()
     try:

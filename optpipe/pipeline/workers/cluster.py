@@ -20,8 +20,21 @@ from optpipe.types import Emit, Event
 
 TRIES = 3
 """How many workers may die over one request before it is given up."""
+LEAVE_S = 5.0
+"""How long workers have to remove what they keep of their own."""
 ASK_AGAIN_S = 2.0
 """How long to wait for an answer before looking whether the cluster has room for more workers."""
+
+
+def installed() -> Any:
+    """The module ray. MissingError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingError(
+            '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
+        ) from None
+    return ray
 
 
 def join(address: str) -> Any:
@@ -30,12 +43,7 @@ def join(address: str) -> Any:
     Raises:
         MissingError: Ray is not installed, or no cluster listens there.
     """
-    try:
-        import ray
-    except ImportError:
-        raise MissingError(
-            '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
-        ) from None
+    ray = installed()
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -74,6 +82,12 @@ class Remote:
         except OptpipeError as error:
             return node, type(error).__name__, str(error)
         return node, "", ""
+
+    def leave(self) -> None:
+        """Remove what it keeps of its own, before it ends."""
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
 
 
 def _tell_nobody(event: Event) -> None:
@@ -132,6 +146,10 @@ class RayPool:
 
     def close(self) -> None:
         """As :class:`~optpipe.lab.pool.Pool` says."""
+        if self._workers:
+            # Who is at a request hears this too late, and leaves its folder to the machine's own cleaning.
+            leaving = [worker.leave.remote() for worker in self._workers]
+            self._ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
         for worker in (*self._workers, *self._coming.values()):
             self._ray.kill(worker)
         self._workers.clear()

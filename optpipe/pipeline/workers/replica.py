@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from optpipe.pipeline.synthesizing import synthesized
 from optpipe.preparation import Setup
 from optpipe.recipe import Recipe
 from optpipe.results import Ingested
+from optpipe.shared import SharedStore
 from optpipe.types import Emit, Fingerprint, Request, Search
 
 
@@ -23,11 +25,13 @@ class Assignment:
 
     ``fingerprint`` is of the machine that times, whose latencies the search has seen. ``device`` and
     ``native_bf16`` are what the driver's torch computes with: on others the same request has other keys.
+    ``shared`` is the run's name at ``[run] store``; with it ``folder`` and ``cache`` are the driver's alone.
     """
 
     recipe: Recipe
     folder: Path
     cache: Path | None
+    shared: str
     fingerprint: Fingerprint
     model_digest: str
     calibration_digest: str
@@ -43,6 +47,7 @@ class Assignment:
             recipe=dataclasses.replace(recipe, target=target),
             folder=opened.folder,
             cache=opened.cache,
+            shared="" if opened.shared is None else opened.shared.run,
             fingerprint=ingested.latency.fingerprint,
             model_digest=setup.model_digest,
             calibration_digest=setup.calibration.digest,
@@ -62,17 +67,31 @@ class Replica:
         """
         self._assignment = assignment
         self._emit = emit
-        self._opened = store.Run(assignment.folder, assignment.cache)
+        self._own = tempfile.TemporaryDirectory(prefix="optpipe-worker-") if assignment.shared else None
+        self._opened = self._open()
+        self._setup = prepared(assignment, self._opened, emit)
+        self._begin()
+
+    def _open(self) -> store.Run:
+        """The run: in the folder that all see, or in one of this worker's own that fills from the store."""
+        assignment, address = self._assignment, self._assignment.recipe.run.store
+        if self._own is not None:
+            return store.Run(Path(self._own.name), None, shared=SharedStore(address, assignment.shared))
         if not (assignment.folder / store.RECIPE).is_file():
             raise RunError(
                 f"{assignment.folder}: this worker does not see the run's folder; a run with workers on "
-                "other machines needs a folder that all of them share (--out)"
+                "other machines needs a folder that all of them share (--out), or an address that they reach "
+                "([run] store)"
             )
-        self._setup = synthesized(preparation.prepare(assignment.recipe), self._opened, emit)
-        _refuse_other(self._setup, assignment)
-        self._begin()
+        return store.Run(assignment.folder, assignment.cache)
+
+    def close(self) -> None:
+        """Remove what it keeps of its own."""
+        if self._own is not None:
+            self._own.cleanup()
 
     def _begin(self) -> None:
+        self._opened.has(self._opened.stage_folder("ingest") / "result.json")
         ingested = self._opened.stage_result("ingest", Ingested)
         if ingested is None:
             raise RunError(f"{self._assignment.folder}: is not ingested, so there is nothing to work for")
@@ -95,6 +114,17 @@ class Replica:
             self._requests = self._search.send(self._lab.answer(self._requests))
             self._batch += 1
         self._lab.compute(self._requests[place])
+
+
+def prepared(assignment: Assignment, opened: store.Run, emit: Emit) -> Setup:
+    """The setup of an assignment, as it is for the driver, with images that are to be made from the run.
+
+    Raises:
+        OptpipeError: the model or the images are not there, or this machine would compute something else.
+    """
+    setup = synthesized(preparation.prepare(assignment.recipe), opened, emit)
+    _refuse_other(setup, assignment)
+    return setup
 
 
 def _refuse_other(setup: Setup, assignment: Assignment) -> None:
