@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import Pool
 from optpipe.pipeline.workers import offer
+from optpipe.pipeline.workers.child import die_with
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
@@ -165,6 +167,17 @@ def test_a_network_without_a_name_has_no_workers(home: Path) -> None:
     with pytest.raises(UsageError, match="each loads the network by its name, and this one has none"):
         pipeline.run(replace(setup, recipe=nameless), home / "nameless", fresh=False, emit=lambda event: None)
     assert not (home / "nameless").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_has_asked_to_be_killed_with_its_driver() -> None:
+    child = os.fork()
+    if child == 0:
+        die_with(os.getppid())
+        asked = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
+        os._exit(asked.value)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
 # ---------------------------------------------------------------- processes of this machine

@@ -42,7 +42,7 @@ the file any more, with the same results.
 """
 
 MENDED = """\
-Found by this campaign and mended, each with a test:
+Found in making this campaign or by it, and mended, each with a test:
 
 - A digit that flipped in a trial, a step, a latency or a stage's result was read as if it had been measured.
   Every JSON file that optpipe reads back now ends with a seal over its content, reports and manifests too.
@@ -54,6 +54,8 @@ Found by this campaign and mended, each with a test:
 - A damaged bundle was noticed by `verify` and `load` alone; a resumed run left it as it was. It is exported
   again now, as is an engine of the original that is not the one that was built.
 - `optpipe.load` raised the system's own error for a bundle that may not be read.
+- A folder where an engine had been, in the ingest that a sweep lends or in the place of an ensemble's, failed
+  the run or left the ensemble without a price. What was damaged is cleared away before it is made again.
 - A lost result of the ingest began its count of drifts anew, so that latencies of an earlier drift counted
   again.
 """
