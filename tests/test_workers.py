@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -26,7 +25,6 @@ from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import Pool
 from optpipe.pipeline.workers import offer
-from optpipe.pipeline.workers.child import die_with
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
@@ -171,13 +169,22 @@ def test_a_network_without_a_name_has_no_workers(home: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_worker_has_asked_to_be_killed_with_its_driver() -> None:
-    child = os.fork()
-    if child == 0:
-        die_with(os.getppid())
-        asked = ctypes.c_int()
-        ctypes.CDLL(None).prctl(2, ctypes.byref(asked))  # PR_GET_PDEATHSIG
-        os._exit(asked.value)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    asked = """
+import ctypes, os
+from optpipe.pipeline.workers.child import die_with
+die_with(os.getppid())
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
+print(signal.value)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert int(done.stdout) == signal.SIGKILL
 
 
 # ---------------------------------------------------------------- processes of this machine
