@@ -21,7 +21,7 @@ METADATA = "optpipe.sha256"
 DIGEST = hashlib.sha256().digest_size
 """Bytes at the end of an array's file."""
 _END = "\n}\n"
-_SEAL = re.compile(rb',\n "seal": "([0-9a-f]{64})"\n}\n\Z')
+_SEAL = re.compile(rb',\n "seal": "(.{64})"\n}\n\Z', re.DOTALL)
 _CHUNK = 1 << 20
 
 

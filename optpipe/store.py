@@ -15,7 +15,6 @@ import secrets
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,11 +25,34 @@ from optpipe import interruption, seals
 from optpipe.errors import OptpipeError, RunError, UsageError
 from optpipe.files import append_line, copied, write_atomically
 from optpipe.shared import SharedStore
+from optpipe.tensors import DiskCheckpoint, load_tensors, save_tensors
 from optpipe.types import Event
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    pass
+
+__all__ = [
+    "CACHE",
+    "RECIPE",
+    "SHARED",
+    "STAGES",
+    "WEIGHTS",
+    "DiskCheckpoint",
+    "Run",
+    "digest",
+    "file_sha256",
+    "from_json",
+    "load_tensors",
+    "locked",
+    "move_aside",
+    "open_run",
+    "read_answer",
+    "refuse_other",
+    "save_tensors",
+    "source_of",
+    "to_json",
+    "to_sealed",
+]
 
 T = TypeVar("T")
 
@@ -49,12 +71,21 @@ def to_json(value: object) -> str:
     return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False) + "\n"
 
 
-def to_sealed(value: object, more: Mapping[str, str] | None = None) -> str:
-    """The same with ``more`` keys, and with a seal by which :func:`from_json` sees whether it was damaged."""
+def to_sealed(value: object, made_from: str | None = None) -> str:
+    """The same with a seal, by which :func:`from_json` sees whether it was damaged.
+
+    ``made_from`` is the digest of what the value hangs on, for :func:`source_of`.
+    """
     text = to_json(value)
-    if more:
-        text = json.dumps({**json.loads(text), **more}, indent=1) + "\n"
+    if made_from is not None:
+        text = json.dumps({**json.loads(text), _MADE_FROM: made_from}, indent=1) + "\n"
     return seals.sealed(text)
+
+
+def source_of(path: Path) -> str | None:
+    """The digest of what a whole file of :func:`to_sealed` was made from; None where it does not say."""
+    source = json.loads(path.read_bytes()).get(_MADE_FROM)
+    return None if source is None else str(source)
 
 
 def from_json(cls: type[T], text: str | bytes) -> T:
@@ -122,13 +153,12 @@ class Run:
         if result is None or made_from is None:
             return result
         # An older optpipe did not say what a result was made from.
-        return result if json.loads(path.read_bytes()).get(_MADE_FROM, made_from) == made_from else None
+        return result if source_of(path) in {None, made_from} else None
 
     def finish_stage(self, stage: str, result: object, made_from: str | None = None) -> None:
         """Store a stage's result, and the digest of what it was made from; from now on it is done."""
         folder = self.stage_folder(stage)
-        more = {} if made_from is None else {_MADE_FROM: made_from}
-        write_atomically(folder / "result.json", to_sealed(result, more))
+        write_atomically(folder / "result.json", to_sealed(result, made_from))
         with contextlib.suppress(OSError):
             (folder / "failure.json").unlink(missing_ok=True)
 
@@ -395,63 +425,3 @@ def read_answer(path: Path, cls: type[T]) -> T | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@dataclass(frozen=True, slots=True)
-class DiskCheckpoint:
-    """A training checkpoint in one safetensors file, replaced atomically every ``every`` steps."""
-
-    path: Path
-    every: int
-
-    def load(self) -> dict[str, torch.Tensor] | None:
-        """The last complete checkpoint; None where there is none, or it is damaged."""
-        try:
-            return seals.read_tensors(self.path)
-        except (FileNotFoundError, seals.DamagedError):
-            return None
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: cannot be read: {error.strerror}; remove it and run again"
-            ) from None
-
-    def save(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace the checkpoint."""
-        save_tensors(self.path, state)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors with their digest, atomically; equal tensors give equal bytes.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written.
-    """
-    import torch
-    from safetensors.torch import save
-
-    # Copies, since safetensors refuses tensors that share memory (tied weights); and its own writing to a
-    # file reports a full disk as an error in the tensors.
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    write_atomically(path, save(copies, {seals.METADATA: seals.tensors_sha256(copies)}))
-
-
-def load_tensors(model: nn.Module, path: Path, part: str = "") -> None:
-    """Fill a network of the same structure from safetensors, in place.
-
-    With ``part`` from those tensors alone whose names begin so; their names in the network come after it.
-
-    Raises:
-        UsageError: the file is missing or damaged, or its keys or shapes are another network's.
-    """
-    try:
-        tensors = seals.read_tensors(path)
-        named = {name[len(part) :]: value for name, value in tensors.items() if name.startswith(part)}
-        model.load_state_dict(named)
-    except (OSError, seals.DamagedError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: does not fit the network: {first}") from None

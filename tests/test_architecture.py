@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "interruption": set(),
     "files": {"interruption", "errors"},
     "seals": set(),
+    "tensors": {"files", "seals", "errors"},
     # pure
     "losses": {"types", "errors"},
     "augment": {"types", "errors"},
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     # at the machine's edge
     "backends": {"files", "interruption", "types", "errors"},
     "shared": {"files", "errors"},
-    "store": {"files", "interruption", "seals", "shared", "types", "errors"},
+    "store": {"files", "interruption", "seals", "tensors", "shared", "types", "errors"},
     "timing": {"types", "errors"},
     "zoo": {"errors"},
     "models": {"zoo", "types", "errors"},

@@ -489,6 +489,31 @@ def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     assert [path.name for path in folder.iterdir()] == ["weights.safetensors"]
 
 
+def test_a_checkpoint_that_a_killed_process_left_beside_the_weights_goes(
+    tmp_path: Path, subject: lab.Subject
+) -> None:
+    run = store.Run(tmp_path / "run", None)
+    request = Train(FIRST, LEARN, SOME)
+    folder = run.trial_folder(open_bench(run, subject).trained(request).key)
+    (folder / "checkpoint.safetensors").write_bytes(b"left")
+    bench = open_bench(run, subject)
+    bench.trained(request)
+    assert bench.origins == ["reused"]
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_damaged_weights_are_trained_again_to_the_same(tmp_path: Path, subject: lab.Subject) -> None:
+    run = store.Run(tmp_path / "run", None)
+    request = Train(FIRST, LEARN, SOME)
+    first = open_bench(run, subject).trained(request)
+    path = run.weights(first.key)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    bench = open_bench(run, subject)
+    again = bench.trained(request)
+    assert bench.origins == ["computed"]
+    assert (again.digest, again.quality) == (first.digest, first.quality)
+
+
 def test_a_failed_step_is_no_answer(tmp_path: Path, subject: lab.Subject) -> None:
     def fail() -> tuple[float, ...]:
         raise ZeroDivisionError

@@ -168,6 +168,26 @@ def test_a_network_without_a_name_has_no_workers(home: Path) -> None:
     assert not (home / "nameless").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_has_asked_to_be_killed_with_its_driver() -> None:
+    asked = """
+import ctypes, os
+from optpipe.pipeline.workers.child import die_with
+die_with(os.getppid())
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
+print(signal.value)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert int(done.stdout) == signal.SIGKILL
+
+
 # ---------------------------------------------------------------- processes of this machine
 
 

@@ -214,8 +214,14 @@ def verify(run: Path) -> list[str]:
             problems.append(f"{name}: is a link out of the bundle")
         elif not path.is_file():
             problems.append(f"{name}: is missing")
-        elif (found := store.file_sha256(path)) != file.sha256:
-            problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
+        else:
+            try:
+                found = store.file_sha256(path)
+            except OSError as error:
+                problems.append(f"{name}: cannot be read: {error.strerror}")
+                continue
+            if found != file.sha256:
+                problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
     return problems
 
 
@@ -230,6 +236,8 @@ def open_bundle(run: Path) -> tuple[Path, Manifest]:
         if path.is_file():
             try:
                 manifest = store.from_json(Manifest, path.read_bytes())
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
             except seals.DamagedError as error:
                 raise UsageError(f"{path}: {error}; get the bundle anew") from None
             except ValidationError as error:

@@ -18,7 +18,7 @@ from optpipe.types import Choice, Emit, Engine, Event
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     """Export, build, score and time the original, or take what another run of the sweep found of it."""
-    found = _borrowed(setup, opened, emit) or _left(opened, emit)
+    found = _borrowed(setup, opened, emit) or _left(setup, opened, emit)
     if found is not None:
         return found
     folder = opened.stage_folder("ingest")
@@ -39,7 +39,7 @@ def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
         onnx_bytes=onnx.stat().st_size,
         engine=str(engine.path.relative_to(opened.folder)),
         engine_sha256=engine.sha256,
-        epoch=_next_epoch(opened),
+        epoch=_epoch(opened),
         seconds=0.0,
         logits_sha256=logits_sha256,
     )
@@ -47,10 +47,10 @@ def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     return found
 
 
-def _next_epoch(opened: store.Run) -> int:
-    """0; or, where an ingest was lost that latencies were held against, an epoch that none of them is of."""
-    lost = [store.read_answer(path, EngineRecord) for path in opened.folder.glob("engines/*/latency.json")]
-    return 1 + max((one.epoch for one in lost if one is not None), default=-1)
+def _epoch(opened: store.Run) -> int:
+    """0; or, where an ingest was lost that latencies were held against, the epoch of the latest of them."""
+    there = [store.read_answer(path, EngineRecord) for path in opened.folder.glob("engines/*/latency.json")]
+    return max((one.epoch for one in there if one is not None), default=0)
 
 
 def score_again(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
@@ -70,8 +70,9 @@ _LENT = "lent.json"
 def _lend(setup: Setup, opened: store.Run, found: Ingested, *, anew: bool = False) -> None:
     """Let the other runs of a sweep have an ingest; ``anew`` where it was timed again since."""
     folder = opened.stage_folder("ingest")
-    files.write_atomically(folder / _LENT, store.to_sealed(found))
-    opened.lend("ingest", _original_key(setup), folder, anew=anew)
+    key = _original_key(setup)
+    files.write_atomically(folder / _LENT, store.to_sealed(found, key))
+    opened.lend("ingest", key, folder, anew=anew)
 
 
 def _original_key(setup: Setup) -> str:
@@ -94,10 +95,13 @@ def _original_key(setup: Setup) -> str:
     )
 
 
-def _left(opened: store.Run, emit: Emit) -> Ingested | None:
+def _left(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     """What this run's own ingest came to, where its result was lost and the copy for other runs was not."""
-    found = store.read_answer(opened.stage_folder("ingest") / _LENT, Ingested)
-    if found is None or opened.lends or not whole.ingest_is_whole(opened, found):
+    path = opened.stage_folder("ingest") / _LENT
+    found = store.read_answer(path, Ingested)
+    if found is None or opened.lends or store.source_of(path) != _original_key(setup):
+        return None
+    if not whole.ingest_is_whole(opened, found):
         return None
     emit(Event("note", "ingest", "the original as this run measured it before"))
     return found

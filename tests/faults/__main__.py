@@ -20,6 +20,7 @@ CAMPAIGNS = (
     "inputs",
     "kills",
     "rot",
+    "disk",
 )
 """Modules of this package that have ``run``, in the order of the page."""
 

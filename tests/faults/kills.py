@@ -37,7 +37,8 @@ of one seed, so that a moment can be tried again as nearly as timing allows.
 Engines are built, loaded and computed with as ever, but what one takes is told by the weights in its file
 instead of the clock: measured latencies would differ from run to run, killed or not. Two undisturbed runs
 then agree in every figure but wall times. Sittings, and workers too, are forked from a process that has
-imported everything, and a network that was exported before is written from a copy of that export.
+imported everything; a network that was exported before is written from a copy of that export, and figures are
+their titles alone.
 
 A run counts as wrong unless, at each kill, every file under its final name is whole and what was stored
 before is still the same file as it was stored (so nothing was computed twice), and unless it ends with exit
@@ -46,7 +47,7 @@ the undisturbed run: no temporary file is left in its folder or in the cache bes
 """
 
 MENDED = """\
-Found by this campaign and mended, each with a test:
+Found in making this campaign or by it, and mended, each with a test:
 
 - A temporary file of the shared cache was left there for ever: the cache has no owner who could tell a dead
   process's from a live one's. They are now made in the run's own folder, which clears them.
@@ -121,7 +122,7 @@ def _undisturbed(kind: Kind, home: Path, root: Path, name: str, tally: Tally) ->
     out = root / name / "run"
     out.parent.mkdir()
     begun = time.monotonic()
-    code, lines = sittings.finish(kind.words(out), home, root / "said")
+    code, lines = sittings.finish(kind.words(out), home, root / "said", small_runs.without_figures)
     tally.alone_s = time.monotonic() - begun  # the second time: exports are made by then
     if code:
         tally.wrong.append(f"undisturbed: exit code {code}: {lines[-3:]}")
@@ -135,7 +136,7 @@ def _chain(out: Path, home: Path, count: int, rng: np.random.Generator, tally: T
     stored: dict[Path, tuple[int, int]] = {}
     while True:
         tally.sittings += 1
-        sitting = sittings.begin(tally.kind.words(out), home, said)
+        sitting = sittings.begin(tally.kind.words(out), home, said, small_runs.without_figures)
         if tally.kills >= count:
             code = sitting.end(600.0)
         elif rng.random() < AT_A_BORDER:
@@ -145,11 +146,11 @@ def _chain(out: Path, home: Path, count: int, rng: np.random.Generator, tally: T
         if code is not None:
             if code:
                 tally.wrong.append(f"exit code {code}: {sitting.lines()[-3:]}")
-            tally.wrong += _changed(out, stored)
+            tally.wrong += changed(out, stored)
             return
         sitting.kill()
         tally.fell[_stage(out)] += 1
-        tally.wrong += [*_torn(out.parent), *_changed(out, stored)]
+        tally.wrong += [*torn(out.parent), *changed(out, stored)]
         if tally.wrong:
             return
 
@@ -184,7 +185,7 @@ def _unfinished(run: Path) -> str:
     return "report"
 
 
-def _torn(folder: Path) -> list[str]:
+def torn(folder: Path) -> list[str]:
     """Files under their final names that are not whole."""
     wrong = []
     for path in folder.rglob("*.json"):
@@ -198,7 +199,7 @@ def _torn(folder: Path) -> list[str]:
     return wrong
 
 
-def _changed(out: Path, stored: dict[Path, tuple[int, int]]) -> list[str]:
+def changed(out: Path, stored: dict[Path, tuple[int, int]]) -> list[str]:
     """Answers that were stored before and are not the same files now; ``stored`` learns of new ones."""
     wrong = []
     for name in ANSWERS:

@@ -22,7 +22,6 @@ from faults import sittings, small_runs
 from faults.report import Found
 from faults.small_runs import DLLP, EKG, SWEEP, THREE_D, Kind
 from optpipe import store
-from optpipe.report import figures
 
 SEED = 9
 TITLE = "## Damaged files"
@@ -43,7 +42,7 @@ the file any more, with the same results.
 """
 
 MENDED = """\
-Found by this campaign and mended, each with a test:
+Found in making this campaign or by it, and mended, each with a test:
 
 - A digit that flipped in a trial, a step, a latency or a stage's result was read as if it had been measured.
   Every JSON file that optpipe reads back now ends with a seal over its content, reports and manifests too.
@@ -54,6 +53,9 @@ Found by this campaign and mended, each with a test:
   from another choice. Each result now says what it was made from.
 - A damaged bundle was noticed by `verify` and `load` alone; a resumed run left it as it was. It is exported
   again now, as is an engine of the original that is not the one that was built.
+- `optpipe.load` raised the system's own error for a bundle that may not be read.
+- A folder where an engine had been, in the ingest that a sweep lends or in the place of an ensemble's, failed
+  the run or left the ensemble without a price. What was damaged is cleared away before it is made again.
 - A lost result of the ingest began its count of drifts anew, so that latencies of an earlier drift counted
   again.
 """
@@ -196,8 +198,8 @@ _STOPPED = 9
 
 
 def light() -> None:
-    """In a sitting: pages without figures, which take most of a resumed run's time; and no rights of root."""
-    figures.figure_svg = lambda figure, **settings: f"<svg>{figure.title}</svg>"
+    """In a sitting: pages without figures, and no rights of root."""
+    small_runs.without_figures()
     bereave()
 
 
@@ -306,8 +308,8 @@ def run(root: Path, share: int, tell: Callable[[str], None]) -> Found:
                 number += 1
                 if number % share:
                     continue
-                case = partial(_case, state, path, spoil, (SEED, number), root)
-                ended, wrong = case(state.kind.words(root / "case" / "run"))
+                tried = partial(case, state, path, spoil, (SEED, number), root)
+                ended, wrong = tried(state.kind.words(root / "case" / "run"))
                 if not ended:
                     continue
                 damaged[damage] += 1
@@ -315,7 +317,7 @@ def run(root: Path, share: int, tell: Callable[[str], None]) -> Found:
                 resumed.wrong += [f"{name}, {damage}: {one}" for one in wrong]
                 for words in _readers(name) if state.readers else ():
                     read = tallies.setdefault(f"{state.kind.name}, {state.name}: {words[0]}", Tally(""))
-                    ended, wrong = case(words)
+                    ended, wrong = tried(words)
                     read.ended[ended] += 1
                     read.wrong += [f"{name}, {damage}: {one}" for one in wrong]
         tell(f"{state.kind.name}, {state.name}: {dict(resumed.ended)}, {len(resumed.wrong)} wrong")
@@ -327,7 +329,7 @@ def run(root: Path, share: int, tell: Callable[[str], None]) -> Found:
     return Found(section(list(tallies.values()), kinds, damaged), tuple(problems))
 
 
-def _case(
+def case(
     state: State, path: Path, spoil: Damage, seed: Sequence[int], root: Path, words: tuple[str, ...]
 ) -> tuple[str, list[str]]:
     """Damage a copy, give a command, and say how that ended; an empty word where there is no such damage."""
@@ -343,13 +345,13 @@ def _case(
     home = root / f"home-{number}" if begins_with_recipe else folder
     code, lines = sittings.finish(words, home, root / "said", light)
     if code:
-        return "named", _unclear(code, lines, victim)
+        return "named", unclear(code, lines, victim)
     if not begins_with_recipe:
         return _as_undamaged(state, root, words, lines)
     return _as_wanted(state, folder, victim)
 
 
-def _unclear(code: int, lines: Sequence[str], victim: Path) -> list[str]:
+def unclear(code: int, lines: Sequence[str], victim: Path) -> list[str]:
     """What is wrong with a failure: it must be one line that names the file or the folder that it lies in."""
     errors = [line for line in lines if line.startswith("Error: ")]
     failed = [line for line in lines if line.startswith("FAILED ")]  # what verify says of each file
