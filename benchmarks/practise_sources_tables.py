@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks import practise_paper as paper
 from benchmarks.practise_rows import Record, Row, cells_of, margin, of_cell, with_figures
@@ -99,14 +99,34 @@ def by_criterion(rows: Sequence[Row]) -> list[str]:
             "",
             "Top-1 in percent, mean ± standard deviation over seeds, and the measured saving.",
             "",
-            f"| criterion | {' | '.join(f'{drop:g}' for drop in drops)} |",
-            f"|---|{'---|' * len(drops)}",
+            *_grid(mine, count, drops, names, _shown),
+            "",
+            "Agreement with the original on the test images, in percent: what is recovered is the original, and "
+            "this says how much of it is back, whether its answers are right or not.",
+            "",
+            *_grid(mine, count, drops, names, _agreeing),
         ]
-        for name in names:
-            found = [of_cell(mine, name, (count, drop)) for drop in drops]
-            lines.append(f"| {name} | {' | '.join(map(_shown, found))} |")
         lines += ["", *(_first(mine, count, drop, names) for drop in drops), "", _counted(mine, count, drops)]
     return lines
+
+
+def _grid(
+    rows: Sequence[Row],
+    count: int,
+    drops: Sequence[float],
+    names: Sequence[str],
+    shown: Callable[[Sequence[Row]], str],
+) -> list[str]:
+    """A line for each criterion, a column for each number of dropped blocks."""
+    lines = [f"| criterion | {' | '.join(f'{drop:g}' for drop in drops)} |", f"|---|{'---|' * len(drops)}"]
+    for name in names:
+        cells = [of_cell(rows, name, (count, drop)) for drop in drops]
+        lines.append(f"| {name} | {' | '.join(map(shown, cells))} |")
+    return lines
+
+
+def _agreeing(rows: Sequence[Row]) -> str:
+    return spread([of(row).measured.agreement for row in rows]) if rows else ""
 
 
 def _shown(rows: Sequence[Row]) -> str:

@@ -79,8 +79,13 @@ def temporary(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """An empty folder that goes on leaving, and with the process."""
-    with tempfile.TemporaryDirectory(prefix="optpipe-") as name, temporary(Path(name)):
-        yield Path(name)
+    # Not TemporaryDirectory, which recurses without end over what it has no permission to remove.
+    path = Path(tempfile.mkdtemp(prefix="optpipe-"))
+    try:
+        with temporary(path):
+            yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

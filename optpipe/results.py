@@ -35,7 +35,8 @@ class Ingested:
     """The original: its graph, its quality on the evaluation images, its latency by itself.
 
     ``engine`` is relative to the run's folder; what is timed beside it later is held against this one.
-    ``borrowed`` says that another run of the same sweep measured it.
+    ``borrowed`` says that another run of the same sweep measured it. ``logits_sha256`` is of the file of its
+    logits on the evaluation images.
     """
 
     graph: ModelGraph
@@ -47,6 +48,7 @@ class Ingested:
     epoch: int
     seconds: float
     borrowed: bool = False
+    logits_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,17 @@ class Analyzed:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """The chosen candidate before recovery; ``sparsity`` is the share of its weights that are zero."""
+    """The chosen candidate before recovery; ``sparsity`` is the share of its weights that are zero.
+
+    ``weights_sha256`` is of the file of its weights.
+    """
 
     parameters: int
     macs: int
     quality: Quality
     seconds: float
     sparsity: float = 0.0
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ def survey(run: Path, settings: Settings, folder: Path, *, emit: Emit) -> Survey
         folder.mkdir(parents=True, exist_ok=True)  # known before the work, not after it
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made: {error.strerror}; name another with --out") from None
-    device = tune.training_device(opened.recipe.target.device)
+    device = tune.usable(opened.recipe.target.device)
     surveyed: list[Surveyed] = []
     surfaces: list[landscape.Surface] = []
     for name, network in opened.networks.items():
@@ -333,7 +333,9 @@ def _read(cls: type[T], path: Path) -> T:
     except FileNotFoundError:
         raise UsageError(f"{path}: is missing; has the run finished?") from None
     except ValueError:
-        raise UsageError(f"{path}: is of another version of optpipe; run the recipe anew") from None
+        raise UsageError(
+            f"{path}: is damaged or of another version of optpipe; run the recipe anew"
+        ) from None
 
 
 # ---------------------------------------------------------------- figures and figures' numbers

@@ -138,9 +138,9 @@ def test_the_bank_holds_the_logits_of_every_image_on_batch_statistics(
 
 def test_the_files_are_as_large_as_was_said(tmp_path: Path, images: ImageSet) -> None:
     bank.build(tmp_path, makers(1, 2, 3), images, classes=CLASSES)
-    headers = 3 * 128
+    headers, digests = 3 * 128, 3 * 32
     stored = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert stored == bank.size_bytes(COUNT, CLASSES, 3) + headers
+    assert stored == bank.size_bytes(COUNT, CLASSES, 3) + headers + digests
 
 
 def test_a_last_batch_of_one_image_is_none(
@@ -275,6 +275,17 @@ def test_a_file_that_is_no_such_array_is_computed_again(
         np.save(path, content)
     built = bank.build(tmp_path, makers(1), images, classes=CLASSES)
     assert np.allclose(built.logits[0], on_batch_statistics(Net(1), images).numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_bit_that_flipped_is_computed_again(tmp_path: Path, images: ImageSet) -> None:
+    bank.build(tmp_path, makers(1, 2), images, classes=CLASSES)
+    path = tmp_path / "teacher-1.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(RunError, match=r"teacher-1.npy: holds no logits"):
+        bank.open_bank(tmp_path, 2, images, classes=CLASSES)
+    bank.build(tmp_path, [never, *makers(2)], images, classes=CLASSES)
+    assert path.read_bytes() == whole
 
 
 def test_a_built_bank_is_opened_without_its_networks(tmp_path: Path, images: ImageSet) -> None:

@@ -298,6 +298,7 @@ def test_recoverability_is_counted_where_it_is_first() -> None:
     ]
     text = practise_sources_tables.markdown(record("criteria", *rows))
     assert "| criterion | 1 | 2 |" in text and "| l2 | 90.00 (-23.0%) | 89.00 (-23.0%) |" in text
+    assert "| l2 | 95.00 | 95.00 |" in text  # agreement
     assert "- 2 dropped: recoverability less `l2`, the best of the others: -1.00 points" in text
     assert "Recoverability is first, or level with the first, at 1 of 2 numbers." in text
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +136,36 @@ def test_the_manifest_says_where_the_bundle_comes_from(run: Path) -> None:
 
 def test_the_program_that_travels_is_the_packages_own(run: Path) -> None:
     assert (run / "deploy" / "run_engine.py").read_bytes() == Path(run_engine.__file__).read_bytes()
+
+
+def test_a_manifest_with_a_changed_digit_is_refused_by_optpipe_and_by_the_bundles_own_runner(
+    run: Path,
+) -> None:
+    path = run / "deploy" / "manifest.json"
+    assert run_engine.read_manifest(run / "deploy")["preprocess"]["mean"] == [0.5]
+    path.write_text(path.read_text().replace("0.5", "0.6", 1))
+    with pytest.raises(UsageError, match=r"manifest.json: it is not what was written: .*; get the bundle"):
+        deploy.verify(run)
+    with pytest.raises(run_engine.RunnerError, match="cannot be used: it is not what was written") as error:
+        run_engine.read_manifest(run / "deploy")
+    assert error.value.code == 2
+
+
+def test_files_that_may_not_be_read_are_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, refused = Path.open, {"plan.json"}
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opening(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert deploy.verify(run) == ["plan.json: cannot be read: Permission denied"]
+    with pytest.raises(UsageError, match=r"deploy: plan.json: cannot be read: Permission denied"):
+        optpipe.load(run)
+    refused.add("manifest.json")
+    with pytest.raises(UsageError, match=r"manifest.json: cannot be read: Permission denied"):
+        optpipe.load(run)
 
 
 def test_a_whole_bundle_verifies(run: Path) -> None:

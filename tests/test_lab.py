@@ -18,6 +18,7 @@ from torch import nn
 from optpipe import building, data, graph, lab, models, precision, store, tune
 from optpipe.backends import onnxruntime
 from optpipe.data import ImageSet
+from optpipe.errors import RunError
 from optpipe.types import (
     Answer,
     Ask,
@@ -396,6 +397,16 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_candidate_whose_features_are_no_numbers_is_no_answer(
+    subject: lab.Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench(store.Run(tmp_path / "run", None), subject)
+    monkeypatch.setattr(tune, "distance", lambda *given: float("nan"))
+    with pytest.raises(RunError, match=r"features are no numbers \(nan\): its training diverged"):
+        bench.ask(Ask(SECOND, wants=("distance",)))
+    assert not list((tmp_path / "run").glob("trials/*/trial.json"))
+
+
 def test_a_candidate_is_trained_on_the_images_that_are_named(tmp_path: Path, subject: lab.Subject) -> None:
     bench = open_bench(store.Run(tmp_path, None), subject)
     answer = bench.trained(Train(FIRST, LEARN, SOME))
@@ -476,6 +487,31 @@ def test_a_training_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     assert bench.trained(request).digest == whole.digest
     assert bench.origins == ["computed"]
     assert [path.name for path in folder.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_checkpoint_that_a_killed_process_left_beside_the_weights_goes(
+    tmp_path: Path, subject: lab.Subject
+) -> None:
+    run = store.Run(tmp_path / "run", None)
+    request = Train(FIRST, LEARN, SOME)
+    folder = run.trial_folder(open_bench(run, subject).trained(request).key)
+    (folder / "checkpoint.safetensors").write_bytes(b"left")
+    bench = open_bench(run, subject)
+    bench.trained(request)
+    assert bench.origins == ["reused"]
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_damaged_weights_are_trained_again_to_the_same(tmp_path: Path, subject: lab.Subject) -> None:
+    run = store.Run(tmp_path / "run", None)
+    request = Train(FIRST, LEARN, SOME)
+    first = open_bench(run, subject).trained(request)
+    path = run.weights(first.key)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    bench = open_bench(run, subject)
+    again = bench.trained(request)
+    assert bench.origins == ["computed"]
+    assert (again.digest, again.quality) == (first.digest, first.quality)
 
 
 def test_a_failed_step_is_no_answer(tmp_path: Path, subject: lab.Subject) -> None:

@@ -133,6 +133,17 @@ def test_a_profile_gives_medians_of_its_last_inferences(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("content", ["", '[{"cat": "Node", "na'])
+def test_a_profile_that_was_cut_off_is_told(tmp_path: Path, content: str) -> None:
+    """ONNX Runtime does not tell that the disk is full."""
+    path = tmp_path / "profile.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"profile.json: ONNX Runtime has not written its profile"):
+        times_of_profile(path, 3)
+    with pytest.raises(RunError, match="has not written"):
+        times_of_profile(tmp_path / "absent", 3)
+
+
 def test_openvinos_means_of_all_inferences_so_far_are_taken_apart() -> None:
     """1 ms each for ten inferences, then 2 ms each for ten, 2 again, and 12 in a disturbance."""
     told = [("conv", "Convolution", *one) for one in ((1.0, 10), (1.5, 20), (50 / 30, 30), (170 / 40, 40))]

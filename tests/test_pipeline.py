@@ -28,6 +28,7 @@ from optpipe import (
     contest,
     data,
     deploy,
+    files,
     onnx_export,
     plugins,
     precision,
@@ -40,12 +41,13 @@ from optpipe import (
 )
 from optpipe import recipe as recipes
 from optpipe.errors import RunError, UsageError
+from optpipe.lab.engines import EngineRecord
 from optpipe.methods import practise
 from optpipe.pipeline import engines
 from optpipe.pipeline.assembly import known_beforehand
 from optpipe.report import build, limits
-from optpipe.results import Benchmarked, Exported, Ingested, Pruned, Recovered
-from optpipe.types import DeviceState, Limits
+from optpipe.results import Analyzed, Benchmarked, Exported, Ingested, Pruned, Recovered
+from optpipe.types import DeviceState, Limits, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
@@ -243,8 +245,11 @@ def test_an_engine_that_was_swapped_after_the_export_is_not_benchmarked(
     forget(copied, "benchmark")
     path = copied / "deploy" / "model.int8.onnx"
     path.write_bytes((copied / "deploy" / "model.onnx").read_bytes())
-    with pytest.raises(RunError, match=r"model\.int8\.onnx: sha256 is .* is not loaded"):
-        take(setup, copied)
+    assert deploy.verify(copied)[0].startswith("model.int8.onnx: sha256 is")
+    again = take(setup, copied)
+    told = "deploy/model.int8.onnx is lost or damaged: the stage is done again"
+    assert ("export", told) in again.details("warning")
+    assert deploy.verify(copied) == []
 
 
 def test_a_precision_that_cannot_be_built_is_left_out_with_its_reason(
@@ -352,12 +357,12 @@ def test_the_fastest_is_sought_once_and_a_resumed_run_keeps_it(
     resumed = take(setup, home / "fastest")
     assert resumed.report.tables == first.report.tables
     path = home / "fastest" / "contest.json"
-    held = path.read_text()
-    path.write_text(held.replace('"chosen": "onnxruntime"', '"chosen": "openvino"'))
+    held = store.from_json(contest.Contest, path.read_bytes())
+    path.write_text(store.to_sealed(replace(held, chosen="openvino")))
     with pytest.raises(UsageError, match="was begun with openvino, which does not load here"):
         take(setup, home / "fastest")
     path.write_text("{}")
-    with pytest.raises(UsageError, match=r"contest\.json: is of another version"):
+    with pytest.raises(UsageError, match=r"contest\.json: is damaged or of another version"):
         take(setup, home / "fastest")
 
 
@@ -573,6 +578,111 @@ def test_a_baseline_that_stayed_keeps_its_latencies(copied: Path, setup: prepara
     assert again.details("warning") == []
 
 
+# ---------------------------------------------------------------- damaged
+
+
+def flip(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("03-prune/weights.safetensors", "prune"),
+        ("04-recover/weights.safetensors", "recover"),
+        ("deploy/model.safetensors", "export"),
+        ("deploy/manifest.json", "export"),
+        ("deploy/plan.json", "export"),
+    ],
+)
+def test_a_stage_whose_file_was_damaged_is_done_again(
+    copied: Path, finished: Ran, setup: preparation.Setup, name: str, stage: str
+) -> None:
+    flip(copied / name)
+    again = take(setup, copied)
+    assert again.details("warning")[0] == (stage, f"{name} is lost or damaged: the stage is done again")
+    done = dict(again.details("stage"))
+    assert [name for name, detail in done.items() if detail == "finished"] == [stage]
+    assert replace(again.report, stages=finished.report.stages) == finished.report
+    assert deploy.verify(copied) == []
+
+
+def test_later_stages_are_done_again_for_another_choice(
+    copied: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    analyzed = store.Run(copied, None).stage_result("analyze", Analyzed)
+    assert analyzed is not None
+    other = replace(analyzed.choice, plan=Plan(drop_blocks=("blocks.1",)))
+    store.Run(copied, None).finish_stage("analyze", replace(analyzed, choice=other))
+    again = take(setup, copied)
+    done = [name for name, detail in again.details("stage") if detail == "finished"]
+    assert done == ["prune", "recover", "export", "benchmark"]
+    assert again.report.plan == other.plan
+    assert again.report.result.parameters > finished.report.result.parameters
+
+
+def test_damaged_logits_of_the_original_are_taken_again(
+    copied: Path, finished: Ran, setup: preparation.Setup
+) -> None:
+    whole = (copied / "01-ingest" / "logits.npy").read_bytes()
+    flip(copied / "01-ingest" / "logits.npy")
+    forget(copied, "benchmark")
+    again = take(setup, copied)
+    assert ("ingest", "logits.npy is lost or damaged: the original is scored again") in again.details(
+        "warning"
+    )
+    assert (copied / "01-ingest" / "logits.npy").read_bytes() == whole
+    assert again.report.result.quality == finished.report.result.quality
+
+
+def test_a_damaged_engine_of_the_original_is_built_again(copied: Path, setup: preparation.Setup) -> None:
+    whole = (copied / "01-ingest" / "model.onnx").read_bytes()
+    flip(copied / "01-ingest" / "model.onnx")
+    forget(copied, "benchmark")
+    take(setup, copied)
+    assert (copied / "01-ingest" / "model.onnx").read_bytes() == whole
+
+
+def test_a_lost_ingest_is_what_it_was_or_of_the_latest_epoch(copied: Path, setup: preparation.Setup) -> None:
+    run = store.Run(copied, None)
+    before = run.stage_result("ingest", Ingested)
+    assert before is not None
+    forget(copied, "ingest")
+    take(setup, copied)
+    left = run.stage_result("ingest", Ingested)
+    assert left is not None
+    assert replace(left, seconds=before.seconds) == before
+    for path in (copied / "engines").glob("*/latency.json"):
+        record = store.read_answer(path, EngineRecord)
+        assert record is not None
+        files.write_atomically(path, store.to_sealed(replace(record, epoch=3)))
+    forget(copied, "ingest")
+    (copied / "01-ingest" / "lent.json").unlink()
+    take(setup, copied)
+    anew = run.stage_result("ingest", Ingested)
+    assert anew is not None
+    assert anew.epoch == 3
+
+
+def test_inputs_that_cannot_be_told_are_refused(copied: Path, setup: preparation.Setup) -> None:
+    flip(copied / "inputs.json")
+    with pytest.raises(UsageError, match=r"inputs.json: is damaged, and what the run was begun with"):
+        take(setup, copied)
+
+
+def test_what_a_killed_process_left_of_an_engine_goes(copied: Path, setup: preparation.Setup) -> None:
+    forget(copied, *store.STAGES[1:])
+    (copied / "engines" / "baseline").mkdir()
+    for folder in (copied / "engines").iterdir():
+        (folder / "model.onnx").write_bytes(b"left")
+    take(setup, copied)
+    assert not list((copied / "engines").rglob("model.onnx"))
+    assert not (copied / "engines" / "baseline").exists()
+
+
 # ---------------------------------------------------------------- failures
 
 
@@ -710,10 +820,11 @@ def test_results_are_held_against_the_engine_that_the_original_was_scored_on(
     written = path.stat().st_mtime_ns
     take(setup, copied)
     assert path.stat().st_mtime_ns == written
+    original = store.file_sha256(path)
     forget(copied, "benchmark")
     path.write_bytes((copied / "deploy" / "model.onnx").read_bytes())
-    with pytest.raises(RunError, match=r"01-ingest/model\.onnx: sha256 is .* is not loaded"):
-        take(setup, copied)
+    take(setup, copied)
+    assert store.file_sha256(path) == original, "another engine is not used, but built again"
 
 
 def test_a_gpu_that_torch_cannot_use_is_told_for_the_training_takes_longer(setup: preparation.Setup) -> None:

@@ -76,7 +76,7 @@ def test_the_shipped_recipe_recovers_by_each_loss_and_goes_on_where_it_was_kille
     for checkpoint in weights.parent.glob("checkpoint-*"):
         checkpoint.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, tune, "views_of", after=8)
+        interrupt(patch, tune.parts, "views_of", after=8)
         with pytest.raises(KeyboardInterrupt):
             stages.recover(setup, opened, ran.choice, lambda event: None)
     assert list(weights.parent.glob("checkpoint-*.safetensors")) and not weights.exists()

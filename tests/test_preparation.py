@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from optpipe import plugins, preparation
 from optpipe import recipe as recipes
-from optpipe.errors import UsageError
+from optpipe.errors import MissingError, UsageError
 from optpipe.methods import practise
 from optpipe.types import Budget, Choice, Images, Method, ModelGraph, Plan, Scene, Search, Tune
 
@@ -106,6 +107,14 @@ def test_the_frozen_copy_prepares_to_the_same(recipe: Path) -> None:
     recipe.write_text(first.frozen, encoding="utf-8")
     again = preparation.prepare(recipes.load(recipe))
     assert (again.recover, again.frozen) == (first.recover, first.frozen)
+
+
+def test_a_gpu_to_train_on_is_missed_before_anything_is_computed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingError, match=r'\[run\] trainer = "cuda": torch finds no GPU'):
+        preparation.prepare(recipes.load(recipe, ['run.trainer="cuda"']))
 
 
 def test_an_unknown_method_to_recover_as_is_named_with_its_place(recipe: Path) -> None:

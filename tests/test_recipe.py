@@ -435,6 +435,12 @@ def test_the_frozen_copy_writes_defaults_out(good: Path) -> None:
         assert line in frozen.splitlines()
 
 
+def test_the_frozen_copy_names_a_device_of_its_own_to_train_on(good: Path) -> None:
+    plain, asked = (recipes.load(good, sets) for sets in ([], ['run.trainer="cpu"']))
+    assert "trainer" not in plain.frozen({}, Tune(steps=300))
+    assert 'trainer = "cpu"' in asked.frozen({}, Tune(steps=300)).splitlines()
+
+
 def test_the_recovery_of_another_method_is_named(good: Path) -> None:
     recipe = recipes.load(good, ["recover.name=ekg"])
     assert (recipe.recover_name, recipe.recover) == ("ekg", {"steps": 300})

@@ -38,6 +38,16 @@ def test_a_report_comes_back_from_json_as_it_was(report: schema.Report, tmp_path
     assert build.read(tmp_path / "report.json") == report
 
 
+def test_a_report_with_a_changed_digit_is_refused(report: schema.Report, tmp_path: Path) -> None:
+    build.write(tmp_path, report)
+    path = tmp_path / "report.json"
+    path.write_text(path.read_text().replace("0.905", "0.915", 1))
+    with pytest.raises(
+        UsageError, match=r"report.json: it is not what was written: .*; give the same optpipe"
+    ):
+        build.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -246,6 +246,15 @@ def test_the_same_recipe_in_another_order_resumes(tmp_path: Path) -> None:
     assert opened(folder, '[run]\nseed = 0\n[model]\nname = "a"\n').folder == folder
 
 
+@pytest.mark.parametrize("damage", ["bytes", "folder"])
+def test_a_recorded_recipe_that_cannot_be_read_is_refused(tmp_path: Path, damage: str) -> None:
+    run = opened(tmp_path / "mine")
+    recorded = run.folder / "recipe.toml"
+    recorded.unlink()
+    recorded.mkdir() if damage == "folder" else recorded.write_bytes(b"\xff\xfe")
+    assert "recipe.toml: cannot be read" in refusal(run.folder)
+
+
 def test_a_recorded_recipe_that_was_broken_by_hand_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     opened(folder)
@@ -412,6 +421,113 @@ def test_a_broken_answer_is_none(tmp_path: Path) -> None:
     for path in tmp_path.rglob("*step.json"):
         path.write_bytes(path.read_bytes()[:20])
     assert run.answer("trials", "k", "step.json", StepResult) is None
+
+
+def test_a_stage_that_was_made_from_something_else_is_not_done(tmp_path: Path) -> None:
+    run = opened(tmp_path / "mine")
+    run.finish_stage("prune", RESULT, "one choice")
+    assert run.stage_result("prune", StepResult, "one choice") == RESULT
+    assert run.stage_result("prune", StepResult) == RESULT
+    assert run.stage_result("prune", StepResult, "another choice") is None
+    run.finish_stage("recover", RESULT)  # as an older optpipe did, which did not say
+    assert run.stage_result("recover", StepResult, "one choice") == RESULT
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = opened(tmp_path / "mine")
+    (run.trial_folder("k") / "step.json").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"k/step.json: cannot be read: Is a directory; mend or remove it"):
+        run.answer("trials", "k", "step.json", StepResult)
+    (run.folder / "checkpoint").mkdir()
+    with pytest.raises(RunError, match=r"checkpoint: cannot be read: Is a directory; remove it and run"):
+        store.DiskCheckpoint(run.folder / "checkpoint", 1).load()
+
+
+def test_damaged_tensors_that_were_lent_are_withdrawn(tmp_path: Path) -> None:
+    import torch
+
+    first = store.Run(tmp_path / "first", tmp_path / "cache", lends=True)
+    second = store.Run(tmp_path / "second", tmp_path / "cache", lends=True)
+    store.save_tensors(first.folder / "weights", {"a": torch.ones(3)})
+    first.lend("trained", "k", first.folder / "weights")
+    lent = tmp_path / "cache" / "trained" / "k"
+    lent.write_bytes(lent.read_bytes()[:-1] + b"x")
+    assert not second.borrow_tensors("trained", "k", second.folder / "weights")
+    assert not lent.exists()
+    store.save_tensors(second.folder / "weights", {"a": torch.ones(3)})
+    second.lend("trained", "k", second.folder / "weights")
+    assert first.borrow_tensors("trained", "k", first.folder / "weights")
+
+
+def test_what_was_lent_and_cannot_be_read_is_not_borrowed(tmp_path: Path) -> None:
+    run = store.Run(tmp_path / "run", tmp_path / "cache", lends=True)
+    (tmp_path / "cache" / "ingest" / "k").mkdir(parents=True)
+    (tmp_path / "cache" / "ingest" / "k" / "engine").symlink_to(tmp_path / "nowhere")
+    run.folder.mkdir()
+    assert not run.borrow("ingest", "k", run.folder / "stage")
+    assert list(run.folder.iterdir()) == []
+
+
+def test_what_goes_to_the_cache_is_made_in_the_runs_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = opened(tmp_path / "mine", cache=tmp_path / "cache"), list[Path]()
+    replace = Path.replace
+
+    def watched(path: Path, target: Path) -> Path:
+        seen.append(path)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    run.store_answer("trials", "k", "step.json", RESULT)
+    assert [path.is_relative_to(run.folder) for path in seen] == [True, True]
+    assert [path.name for path in (tmp_path / "cache" / "trials").iterdir()] == ["k-step.json"]
+
+
+def test_a_cache_on_another_disk_is_written_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened(tmp_path / "mine", cache=tmp_path / "cache")
+    replace = Path.replace
+
+    def across(path: Path, target: Path) -> Path:
+        if path.is_relative_to(run.folder) and not target.is_relative_to(run.folder):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", across)
+    run.store_answer("trials", "k", "step.json", RESULT)
+    assert opened(tmp_path / "other", cache=tmp_path / "cache").answer(
+        "trials", "k", "step.json", StepResult
+    ) == (RESULT, True)
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_line_that_was_torn_ends_where_the_next_begins(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    files.append_line(path, "one")
+    path.write_bytes(path.read_bytes() + b'{"kin')
+    files.append_line(path, "two")
+    assert path.read_text() == 'one\n{"kin\ntwo\n'
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    code = (
+        "import resource, sys; from pathlib import Path; from optpipe import files; from optpipe.errors "
+        "import RunError\n"
+        "path = Path(sys.argv[1]); files.append_line(path, 'one')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try: files.append_line(path, 'a line that is too long')\n"
+        "except RunError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert "events.jsonl: cannot be written: File too large" in done.stdout
+    assert path.read_text() == "one\n"
 
 
 def test_events_are_appended_a_line_each(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from optpipe import graph, interruption, store, tune
 from optpipe.data import ImageSet
-from optpipe.errors import RunError
+from optpipe.errors import MissingError, RunError
 from optpipe.tune import evaluation
 from optpipe.types import Event, Plan, Tune
 
@@ -415,6 +415,23 @@ def test_training_goes_where_the_target_is_if_torch_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert tune.training_device(target) == device
+
+
+@pytest.mark.parametrize(
+    ("target", "trainer", "device"),
+    [("cpu", "cuda", "cuda"), ("cuda", "cpu", "cpu"), ("cpu", "cpu", "cpu"), ("cuda", "target", "cuda")],
+)
+def test_another_device_than_the_targets_may_train(
+    monkeypatch: pytest.MonkeyPatch, target: str, trainer: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tune.training_device(target, trainer) == device
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingError, match=r'\[run\] trainer = "cuda": torch finds no GPU'):
+        tune.training_device("cpu", "cuda")
 
 
 @pytest.mark.parametrize(("native", "found"), [(True, "bf16"), (False, "off")])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +16,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from test_pipeline import write_recipe
 from whole_runs import Ran, forget, recovered_sha256, take
 
 from optpipe import cli, pipeline, preparation, store
 from optpipe import recipe as recipes
-from optpipe.errors import RunError, UsageError
+from optpipe.errors import MissingError, RunError, UsageError
 from optpipe.lab import Pool
-from optpipe.pipeline.workers import offer
+from optpipe.pipeline import recovering
+from optpipe.pipeline.workers import afar, offer
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
+from optpipe.shared import SharedStore
 from optpipe.types import Event
 
 T = TypeVar("T")
@@ -63,7 +67,12 @@ def prepared(home: Path, workers: str, *more: str) -> preparation.Setup:
 def trials(folder: Path) -> dict[str, str]:
     """What each trial of a run says, but for how long it took."""
     return {
-        path.parent.name: "".join(line for line in path.read_text().splitlines() if '"seconds"' not in line)
+        path.parent.name: "".join(
+            line
+            for line in path.read_text().splitlines()
+            # The seal is over the seconds too; a last key has no comma after it.
+            if '"seconds"' not in line and '"seal"' not in line
+        )
         for path in folder.glob("trials/*/*.json")
     }
 
@@ -159,6 +168,26 @@ def test_a_network_without_a_name_has_no_workers(home: Path) -> None:
     assert not (home / "nameless").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_has_asked_to_be_killed_with_its_driver() -> None:
+    asked = """
+import ctypes, os
+from optpipe.pipeline.workers.child import die_with
+die_with(os.getppid())
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
+print(signal.value)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert int(done.stdout) == signal.SIGKILL
+
+
 # ---------------------------------------------------------------- processes of this machine
 
 
@@ -199,6 +228,28 @@ def test_what_a_dead_worker_was_at_is_given_to_another(
     wanted, found = trials(serial.folder), trials(unanswered)
     assert len(found) == 4  # each block's size, which its latency was asked with, and its error
     assert {key: wanted.get(key) for key in found} == found
+
+
+def test_a_replica_elsewhere_works_by_the_store_alone(
+    home: Path, serial: Ran, unanswered: Path, tmp_path: Path
+) -> None:
+    """What it is told of the run's folder is not there, and neither is anything of its own afterwards."""
+    address = f"file://{tmp_path}/there"
+    setup = prepared(home, "ray", f'run.store="{address}"')
+    driver = store.Run(unanswered, None, shared=SharedStore(address, "one"))
+    for path in (unanswered / "01-ingest" / "result.json", *unanswered.glob("engines/*/latency.json")):
+        driver.give(path)
+    ingested = driver.stage_result("ingest", Ingested)
+    assert ingested is not None
+    assignment = replace(Assignment.of(setup, driver, ingested), folder=tmp_path / "elsewhere")
+    replica = Replica(assignment, lambda event: None)
+    # The trials of the first batch are the driver's, which the replica computes for itself where it has to.
+    replica.compute(1, 0)
+    replica.close()
+    (given,) = (tmp_path / "there" / "one" / "trials").glob("*/weights.safetensors")
+    key = given.parent.name
+    assert trials(tmp_path / "there" / "one")[key] == trials(serial.folder)[key]
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.slow
@@ -298,9 +349,82 @@ def test_a_ray_cluster_that_loses_a_node_comes_to_the_same_plan(
     assert trials(home / "ray") == trials(serial.folder)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_workers_that_do_not_see_the_folder_answer_by_the_store(
+    home: Path, serial: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the package ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Not under tmp_path: Ray's sockets lie there too, and their names must be short.
+    own = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(own))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        address = f'run.store="file://{tmp_path}/there"'
+        setup = prepared(home, "ray", f'run.address="{cluster.address}"', address)
+        found = take(setup, home / "stored")
+    finally:
+        cluster.shutdown()
+    assert found.choice.plan == serial.choice.plan
+    assert trials(found.folder) == trials(serial.folder)
+    assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
+    answered = [detail for _, detail in found.details("trial") if detail.startswith("computed by a worker")]
+    assert len(answered) == 2
+    assert ("recover", "by a worker of the cluster") in found.details("note")
+    assert found.details("progress"), "nothing was heard of the training"
+    assert list(own.glob("optpipe-worker-*")) == []
+    shutil.rmtree(own)
+
+
+def test_a_recovery_elsewhere_is_the_drivers_own(home: Path, serial: Ran, tmp_path: Path) -> None:
+    """By the store alone: the worker sees nothing of the run's folder, the driver gets the weights."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial.folder, folder)
+    forget(folder, "recover", "export", "benchmark")
+    (folder / "04-recover" / "weights.safetensors").unlink()
+    setup = prepared(home, "ray", f'run.store="file://{tmp_path}/there"')
+    driver = store.Run(folder, None, shared=SharedStore(f"file://{tmp_path}/there", "one"))
+    ingested = driver.stage_result("ingest", Ingested)
+    assert ingested is not None
+    for stage in ("01-ingest", "02-analyze"):
+        driver.give(folder / stage / "result.json")
+    assignment = replace(Assignment.of(setup, driver, ingested), folder=tmp_path / "elsewhere")
+    key = recovering.key_of(setup, serial.choice)
+    trained = afar.carried_out(assignment, key, lambda event: None)
+    assert trained.loss_last < trained.loss_first
+    assert driver.shared is not None
+    assert driver.shared.take(f"recovered/{key}.safetensors", folder / "04-recover" / "weights.safetensors")
+    assert recovered_sha256(folder) == recovered_sha256(serial.folder)
+    with pytest.raises(RunError, match="holds another choice than the one that is recovered"):
+        afar.carried_out(assignment, "another", lambda event: None)
+
+
+def test_who_only_drives_needs_no_gpu_to_train_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    setup = prepared(home, "ray", 'run.trainer="cuda"', 'recover.autocast="auto"')
+    assert setup.device == "cuda"
+    assert setup.recover.autocast == "bf16"  # what a GPU is taken to do, which a worker looks at
+    with pytest.raises(MissingError, match="torch finds no GPU"):
+        prepared(home, "local:2", 'run.trainer="cuda"')
+
+
 def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["doctor", "--workers"])
     assert f'{os.cpu_count()} cores; workers = "local:' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "no GPU that torch can use"), (1, "1 GPU; "), (4, "4 GPUs; devices = 4 trains")]
+)
+def test_doctor_says_how_many_devices_can_share_a_recovery(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    cli.main(["doctor", "--workers"])
+    assert f"devices: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -315,8 +439,8 @@ def test_doctor_exits_3_where_no_cluster_answers(capsys: pytest.CaptureFixture[s
 # ---------------------------------------------------------------- processes
 
 
-def children(parent: int) -> list[int]:
-    """Workers that a process has begun and that still live."""
+def children(parent: int, kind: str = "process") -> list[int]:
+    """Workers of a kind that a process has begun and that still live."""
     found: list[int] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -325,7 +449,7 @@ def children(parent: int) -> list[int]:
                 of = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if of == parent and b"optpipe.pipeline.workers.process" in words:
+            if of == parent and f"optpipe.pipeline.workers.{kind}".encode() in words:
                 found.append(int(entry.name))
     return sorted(found)
 

@@ -55,10 +55,17 @@ def open_session(
 
 
 def times_of_profile(path: Path, repeats: int) -> tuple[LayerTime, ...]:
-    """The layers of a profile, each with the median of its last ``repeats`` times, in their order."""
+    """The layers of a profile, each with the median of its last ``repeats`` times, in their order.
+
+    Raises RunError where ONNX Runtime could not write all of it, of which it does not tell.
+    """
+    try:
+        events = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"{path}: ONNX Runtime has not written its profile; is the disk full?") from None
     found: dict[tuple[str, str], list[float]] = {}
     kinds: dict[tuple[str, str], str] = {}
-    for event in json.loads(path.read_text(encoding="utf-8")):
+    for event in events:
         name = event["name"].removesuffix("_kernel_time")
         if event.get("cat") != "Node" or name == event["name"]:
             continue

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from optpipe import files, store
+from optpipe import files, seals, store
 from optpipe.data import LARGEST, Pixels, Preprocess, check_preprocess, network_input
 from optpipe.errors import UsageError
 from optpipe.models import ModelSpec
@@ -131,7 +131,7 @@ def bundled_files(folder: Path) -> dict[str, BundledFile]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json; what it lists is in place by then."""
-    files.write_atomically(folder / MANIFEST, store.to_json(manifest))
+    files.write_atomically(folder / MANIFEST, store.to_sealed(manifest))
 
 
 def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -214,8 +214,14 @@ def verify(run: Path) -> list[str]:
             problems.append(f"{name}: is a link out of the bundle")
         elif not path.is_file():
             problems.append(f"{name}: is missing")
-        elif (found := store.file_sha256(path)) != file.sha256:
-            problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
+        else:
+            try:
+                found = store.file_sha256(path)
+            except OSError as error:
+                problems.append(f"{name}: cannot be read: {error.strerror}")
+                continue
+            if found != file.sha256:
+                problems.append(f"{name}: sha256 is {found[:16]}..., the manifest says {file.sha256[:16]}...")
     return problems
 
 
@@ -230,6 +236,10 @@ def open_bundle(run: Path) -> tuple[Path, Manifest]:
         if path.is_file():
             try:
                 manifest = store.from_json(Manifest, path.read_bytes())
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+            except seals.DamagedError as error:
+                raise UsageError(f"{path}: {error}; get the bundle anew") from None
             except ValidationError as error:
                 raise UsageError(f"{path}: is no manifest of optpipe: {error.error_count()} errors") from None
             _check(path, manifest)

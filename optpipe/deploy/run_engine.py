@@ -77,7 +77,11 @@ def read_manifest(folder: Path) -> Json:
     """What manifest.json of a bundle holds."""
     path = folder / "manifest.json"
     try:
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        manifest: Json = json.loads(text)
+        written, seal, digest = text.rpartition(b',\n "seal": "')
+        if seal and digest[:64] != hashlib.sha256(written + b"\n}\n").hexdigest().encode():
+            raise ValueError("it is not what was written: the seal at its end is of another content")
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"its schema is {manifest['schema']}, this program reads {SCHEMA}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What latency.json holds. ``second_build_s`` is None where a build leaves no cache behind."""
+    """What latency.json holds. ``second_build_s`` is None where a build leaves no cache behind.
+
+    ``epoch`` is the baseline's, as :class:`Engines` counts it.
+    """
 
     latency: Latency
     build_s: float
     second_build_s: float | None
+    epoch: int = 0
 
 
 class Engines:
@@ -70,6 +74,7 @@ class Engines:
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None
+        if self._times:  # a process that was killed may have left it too
             shutil.rmtree(self._run.engine_folder("baseline"), ignore_errors=True)
 
     @property
@@ -98,6 +103,8 @@ class Engines:
             if stored is None:
                 self._records[key] = self._time(model, plan, key), "computed"
                 return self._records[key][0].latency, "computed"
+            if self._times:  # a process was killed before it did
+                _clear(self._run.engine_folder(key))
             self._records[key] = stored[0], "cached" if stored[1] else "reused"
         record, origin = self._records[key]
         return record.latency, "cached" if origin == "cached" else "reused"
@@ -133,14 +140,9 @@ class Engines:
         latency = measured.candidate(self._fingerprint)
         for warning in latency.warnings:
             self._emit(Event("warning", f"engine {folder.name[:12]}", warning))
-        record = EngineRecord(latency, engine.build_s, second_build_s)
+        record = EngineRecord(latency, engine.build_s, second_build_s, self._epoch)
         self._run.store_answer("engines", key, "latency.json", record)
-        # The choice is exported anew with its recovered weights; a candidate's files have served.
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.suffix not in {".json", ".npy"}:
-                path.unlink()
+        _clear(folder)
         return record
 
     def _bench_at(self, plan: Plan) -> building.Workbench:
@@ -202,6 +204,15 @@ class Engines:
             return built.engine, None
         second = bench.backend.build(built.source, bench.target, folder)
         return replace(second, build_s=built.engine.build_s), second.build_s
+
+
+def _clear(folder: Path) -> None:
+    """Remove a candidate's files, which have served: the choice is exported anew with recovered weights."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix not in {".json", ".npy"}:
+            path.unlink()
 
 
 def _is_narrowed(plan: Plan) -> bool:

@@ -30,7 +30,7 @@ def begin(
     left = further(start.plan, plan)
     begun = graph.apply(original, start.plan, shape)
     path = run.weights(start.key)
-    if not path.exists():
+    if not run.has(path):
         raise RunError(f"{path}: the weights that a training goes on from are gone; start anew with --fresh")
     store.load_tensors(begun, path, start.part)
     standing, known = dict(begun.named_modules()), dict(original.named_modules())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from optpipe import data, graph, landscape, store, tune
+from optpipe import data, graph, landscape, seals, store, tune
 from optpipe.errors import UsageError
 from optpipe.pipeline import leakage
 from optpipe.preparation import Setup
@@ -152,7 +152,7 @@ def _train(
 ) -> None:
     """Recover ``student`` in place as the run did, on these images; read where it was done before."""
     weights = path.with_suffix(".safetensors")
-    if weights.exists():
+    if seals.is_whole(weights):
         store.load_tensors(student, weights)
         return
     emit(Event("note", "curves", f"recovering {path.name}, {len(images)} images"))
@@ -170,7 +170,7 @@ def _train(
         seed=setup.recipe.run.seed,
         checkpoint=checkpoint,
         emit=emit,
-        device=setup.device,
+        device=tune.usable(setup.device),
     )
     store.save_tensors(weights, student.state_dict())
     checkpoint.path.unlink(missing_ok=True)
@@ -218,7 +218,7 @@ class _Follower:
     def __init__(self, setup: Setup) -> None:
         self._images = leakage.spread(setup.evaluation, MOST_IMAGES)
         self._device = setup.device
-        self._wanted = leakage.features(setup.original, self._images, setup.device)
+        self._wanted = leakage.features(setup.original, self._images, tune.usable(setup.device))
 
     def line(self, name: str, figure: str, network: fx.GraphModule, ends: tuple[State, State]) -> _Line:
         """The losses at each of SHARES between two states of the network's structure."""

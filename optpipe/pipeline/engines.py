@@ -28,9 +28,13 @@ def build_original(setup: Setup, opened: store.Run) -> Engine:
 
 
 def original(setup: Setup, opened: store.Run, ingested: Ingested) -> Engine:
-    """The engine that the original was scored and timed on; built anew where the machine is another one."""
+    """The engine that the original was scored and timed on; built anew where the machine is another one.
+
+    Nor is a file used that is not the one that was built.
+    """
     path = opened.folder / ingested.engine
-    if path.is_file() and setup.backend.fingerprint(setup.target) == ingested.latency.fingerprint:
+    here = setup.backend.fingerprint(setup.target) == ingested.latency.fingerprint
+    if here and path.is_file() and store.file_sha256(path) == ingested.engine_sha256:
         return Engine(path, ingested.engine_sha256, build_s=0.0)
     return build_original(setup, opened)
 
@@ -78,6 +82,14 @@ def logits(session: Session, images: data.ImageSet) -> NDArray[np.float32]:
         session.run(images.batch(slice(start, start + size)).numpy()) for start in range(0, len(images), size)
     ]
     return np.concatenate(parts)
+
+
+def store_logits(opened: store.Run, found: NDArray[np.float32]) -> str:
+    """Keep the original's logits on the evaluation images; returns the file's sha256."""
+    path = opened.stage_folder("ingest") / "logits.npy"
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, found)
+    return store.file_sha256(path)
 
 
 def store_samples(opened: store.Run, name: str, measured: timing.PairedMeasurement) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,7 @@ def _answered(
 
 def _priced(answer: Answer, bench: building.Workbench, folder: Path) -> Engine:
     """The engine of an ensemble's logits, held against torch."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what is there is of an export before, or damaged
     exported = building.export(answer, bench, folder)
     with timing.device_lock(bench.target.device):
         engine = building.build(exported, bench, folder / "engine").engine

@@ -33,6 +33,7 @@ def laboratory(
         Clock(recipe.timing.tolerance, recipe.timing.budget_s),
         ingested.epoch,
         emit,
+        device=setup.device,
         checkpoint_every=recipe.run.checkpoint_every,
         pool=pool,
         measured_by=measured_by,

@@ -21,22 +21,29 @@ COMPARED = 512
 
 
 def bank_of(
-    setup: Setup, folder: Path, start: fx.GraphModule, choice: Choice, emit: Emit
+    setup: Setup,
+    folder: Path,
+    start: fx.GraphModule,
+    choice: Choice,
+    emit: Emit,
+    *,
+    plans: Sequence[Plan] | None = None,
+    peers: tune.Peers = tune.ALONE,
 ) -> bank.MemoryBank | None:
     """The memory bank that the choice's recovery asks for, built now unless it is there; None if it does not.
 
-    ``start`` is the network that the interim plans are applied to. Each teacher sees the images at its own
-    plan's resolution, whatever the student's is.
+    ``start`` is the network that the interim plans are applied to, ``plans`` those of :func:`teachers_of`
+    where they are known. Each teacher sees the images at its own plan's resolution, whatever the student's
+    is.
     """
-    tuning = choice.recover
-    if tuning.loss != "labels" or tuning.teachers == "none":
+    plans = teachers_of(setup, start, choice, emit) if plans is None else plans
+    if not plans:
         return None
-    plans = [Plan()] if tuning.teachers == "single" else spaced(setup, start, choice, emit)
     shape = setup.target.input_shape
     networks = [partial(graph.apply, start, plan, shape) for plan in plans]
     # One set at a time: they are large, and teachers of one resolution mostly follow each other.
     at_shape = lru_cache(maxsize=1)(partial(data.resized, setup.calibration))
-    half = tune.on_this_machine(tuning, setup.device).autocast == "bf16"
+    half = tune.on_this_machine(choice.recover, setup.device).autocast == "bf16"
     return bank.build(
         folder,
         networks,
@@ -46,7 +53,16 @@ def bank_of(
         half=half,
         emit=emit,
         resized=lambda number: at_shape(graph.image_shape(plans[number], shape)[1:]),
+        peers=peers,
     )
+
+
+def teachers_of(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> tuple[Plan, ...]:
+    """The plans of the networks that the choice's recovery learns from; none where it learns from none."""
+    tuning = choice.recover
+    if tuning.loss != "labels" or tuning.teachers == "none":
+        return ()
+    return (Plan(),) if tuning.teachers == "single" else tuple(spaced(setup, start, choice, emit))
 
 
 def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> list[Plan]:
@@ -60,12 +76,14 @@ def spaced(setup: Setup, start: fx.GraphModule, choice: Choice, emit: Emit) -> l
     losses = [one.loss for one in interim]
     if any(loss is None for loss in losses):
         emit(Event("note", "memory bank", f"comparing {len(interim)} networks"))
-        losses = _losses(setup, start, interim)
+        losses = _losses(setup, start, interim, emit)
     known = [loss for loss in losses if loss is not None]
     return [interim[index].plan for index in bank.spaced(known, choice.recover.bank)]
 
 
-def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> list[float | None]:
+def _losses(
+    setup: Setup, start: fx.GraphModule, interim: Sequence[Interim], emit: Emit
+) -> list[float | None]:
     """The cross-entropy of each network on the first images of the calibration set, by batch statistics.
 
     Each takes them at its own plan's resolution.
@@ -77,6 +95,6 @@ def _losses(setup: Setup, start: fx.GraphModule, interim: Sequence[Interim]) -> 
     for one in interim:
         network = graph.apply(start, one.plan, shape)
         own = data.resized(images, graph.image_shape(one.plan, shape)[1:])
-        logits = tune.logits(network, own, setup.device, batch_norm="batch")
+        logits = tune.logits(network, own, setup.device, batch_norm="batch", emit=emit)
         found.append(float(F.cross_entropy(logits, images.labels)))
     return found

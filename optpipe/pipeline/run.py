@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TypeVar
 
 from optpipe import contest, environment, files, locks, selection, store, timing
 from optpipe.errors import UsageError
-from optpipe.pipeline import curves, leakage, workers
+from optpipe.pipeline import curves, leakage, whole, workers
 from optpipe.pipeline.assembly import assemble, known_beforehand
-from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover
+from optpipe.pipeline.search import analyze, check_drift, ingest, prune, recover, score_again
 from optpipe.pipeline.shipping import benchmark, export
 from optpipe.pipeline.synthesizing import synthesized
 from optpipe.preparation import Setup
@@ -43,10 +44,16 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | N
         cache = folder.resolve().parent / store.CACHE
     if not setup.recipe.run.cache:
         cache = None
-    lends = shared is not None
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(
-            store.open_run(folder, setup.frozen, fresh=fresh, cache=cache, lends=lends)
+            store.open_run(
+                folder,
+                setup.frozen,
+                fresh=fresh,
+                cache=cache,
+                lends=shared is not None,
+                shared=setup.recipe.run.store,
+            )
         )
 
         def tell(event: Event) -> None:
@@ -66,21 +73,30 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | N
             tell(Event("warning", "run", warning))
         stages = Stages(opened, tell)
         ingested = stages.take("ingest", Ingested, lambda: ingest(setup, opened, tell))
+        if not whole.logits_are_whole(opened, ingested):
+            ingested = score_again(setup, opened, ingested, tell)
         if opened.stage_result("analyze", Analyzed) is None:
             ingested = check_drift(setup, opened, ingested, tell)
         analyzed = stages.take("analyze", Analyzed, lambda: analyze(setup, opened, ingested, tell))
-        pruned = stages.take("prune", Pruned, lambda: prune(setup, opened, analyzed.choice))
-        recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, analyzed.choice, tell))
-        exported = stages.take("export", Exported, lambda: export(setup, opened, analyzed.choice, tell))
+        choice = analyzed.choice
+        searched = whole.of_choice(choice)
+        pruned = stages.take("prune", Pruned, lambda: prune(setup, opened, choice), searched)
+        recovered = stages.take("recover", Recovered, lambda: recover(setup, opened, choice, tell), searched)
+        exported = stages.take(
+            "export",
+            Exported,
+            lambda: export(setup, opened, choice, tell),
+            whole.of_recovered(choice, recovered),
+        )
         final = stages.take(
             "benchmark",
             Benchmarked,
-            lambda: benchmark(setup, opened, ingested, analyzed.choice, exported, tell),
+            lambda: benchmark(setup, opened, ingested, choice, exported, tell),
+            whole.of_exported(choice, exported),
         )
         results = Results(ingested, analyzed, pruned, recovered, exported, final)
         # What is reused may have been measured elsewhere than here.
         measured_on = environment.describe(final.original.fingerprint, device)
-        choice = analyzed.choice
         drawn = curves.draw(setup, opened, choice, recovered, tell)
         leaked = leakage.measure(setup, opened, choice, recovered, None if drawn is None else drawn.halves)
         report = assemble(setup, results, measured_on, held, drawn, leaked)
@@ -119,7 +135,7 @@ def _check_inputs(setup: Setup, opened: store.Run) -> None:
     """Refuse to go on with another model or other images than the run was begun with."""
     inputs, path = _inputs(setup), opened.folder / _INPUTS
     if not path.exists():
-        files.write_atomically(path, store.to_json(inputs))
+        files.write_atomically(path, store.to_sealed(inputs))
     _refuse_other_inputs(opened.folder, inputs)
 
 
@@ -132,7 +148,12 @@ def _refuse_other_inputs(folder: Path, inputs: Inputs) -> None:
     path = folder / _INPUTS
     if not path.exists():
         return
-    begun = store.from_json(Inputs, path.read_bytes())
+    try:
+        begun = store.from_json(Inputs, path.read_bytes())
+    except ValueError:
+        raise UsageError(
+            f"{path}: is damaged, and what the run was begun with cannot be told; move it aside with --fresh"
+        ) from None
     changed = [
         field.name
         for field in dataclasses.fields(Inputs)
@@ -146,20 +167,27 @@ def _refuse_other_inputs(folder: Path, inputs: Inputs) -> None:
 
 
 class Stages:
-    """Takes each stage once: reads its stored result, or runs it and stores what it returns."""
+    """Takes each stage once: reads its stored result, or runs it and stores what it returns.
+
+    A stage whose files are no longer those that it left is run again.
+    """
 
     def __init__(self, opened: store.Run, emit: Emit) -> None:
         self._run = opened
         self._emit = emit
 
-    def take(self, name: str, cls: type[T], work: Callable[[], T]) -> T:
-        """The stage's result, from the store where it is done."""
+    def take(self, name: str, cls: type[T], work: Callable[[], T], made_from: str | None = None) -> T:
+        """The stage's result, from the store where it is done, and ``made_from`` the same."""
         total = len(store.STAGES)
         number = store.STAGES.index(name) + 1
-        stored = self._run.stage_result(name, cls)
+        stored = self._run.stage_result(name, cls, made_from)
         if stored is not None:
-            self._emit(Event("stage", name, "reused", number, total))
-            return stored
+            spoilt = whole.damaged(self._run, stored)
+            if spoilt is None:
+                self._emit(Event("stage", name, "reused", number, total))
+                return stored
+            shown = os.path.relpath(spoilt, self._run.folder)
+            self._emit(Event("warning", name, f"{shown} is lost or damaged: the stage is done again"))
         self._emit(Event("stage", name, "started", number, total))
         watch = timing.Stopwatch()
         try:
@@ -168,7 +196,7 @@ class Stages:
             self._run.fail_stage(name, error)
             raise
         result = dataclasses.replace(result, seconds=watch.seconds)
-        self._run.finish_stage(name, result)
+        self._run.finish_stage(name, result, made_from)
         self._emit(Event("stage", name, "finished", number, total, watch.seconds))
         return result
 
@@ -182,7 +210,9 @@ def _decide(setup: Setup, opened: store.Run, emit: Emit) -> tuple[Setup, contest
         try:
             held = store.from_json(contest.Contest, path.read_bytes())
         except ValueError:
-            raise UsageError(f"{path}: is of another version of optpipe; start anew with --fresh") from None
+            raise UsageError(
+                f"{path}: is damaged or of another version of optpipe; start anew with --fresh"
+            ) from None
     else:
         held = contest.hold(
             setup.original,
@@ -192,7 +222,7 @@ def _decide(setup: Setup, opened: store.Run, emit: Emit) -> tuple[Setup, contest
             seed=setup.recipe.run.seed,
             emit=emit,
         )
-        files.write_atomically(path, store.to_json(held))
+        files.write_atomically(path, store.to_sealed(held))
         shutil.rmtree(opened.folder / "contest", ignore_errors=True)  # what was timed has served
     chosen = tuple(bench for bench in setup.benches if bench.target.backend == held.chosen)
     if not chosen:

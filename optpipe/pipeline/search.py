@@ -5,31 +5,29 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import numpy as np
-
 from optpipe import building, files, graph, onnx_export, quality, store, tune
 from optpipe.errors import UsageError
 from optpipe.lab import begin, drive, refuse_other_size
-from optpipe.pipeline import engines, memory, workers
+from optpipe.lab.engines import EngineRecord
+from optpipe.pipeline import engines, recovering, whole, workers
 from optpipe.pipeline.laboratory import laboratory
 from optpipe.preparation import Setup
 from optpipe.results import Analyzed, Ingested, Pruned, Recovered
-from optpipe.types import Choice, Emit, Engine, Event, Plan
+from optpipe.types import Choice, Emit, Engine, Event
 
 
 def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
     """Export, build, score and time the original, or take what another run of the sweep found of it."""
-    borrowed = _borrowed(setup, opened, emit)
-    if borrowed is not None:
-        return borrowed
+    found = _borrowed(setup, opened, emit) or _left(setup, opened, emit)
+    if found is not None:
+        return found
     folder = opened.stage_folder("ingest")
     engine = engines.build_original(setup, opened)
     with engines.session(setup.backend, setup.target, engine) as session:
         onnx_export.check_parity(building.parity(setup.original, session, setup.bench))
         logits = engines.logits(session, setup.evaluation)
         latency = engines.time_alone(setup, session)
-    with files.replacing(folder / "logits.npy") as path, path.open("wb") as file:
-        np.save(file, logits)
+    logits_sha256 = engines.store_logits(opened, logits)
     measured = quality.score(logits, engines.labels(setup.evaluation), logits, "evaluation")
     onnx = folder / building.ONNX
     if not onnx.exists():
@@ -41,11 +39,28 @@ def ingest(setup: Setup, opened: store.Run, emit: Emit) -> Ingested:
         onnx_bytes=onnx.stat().st_size,
         engine=str(engine.path.relative_to(opened.folder)),
         engine_sha256=engine.sha256,
-        epoch=0,
+        epoch=_epoch(opened),
         seconds=0.0,
+        logits_sha256=logits_sha256,
     )
     _lend(setup, opened, found)
     return found
+
+
+def _epoch(opened: store.Run) -> int:
+    """0; or, where an ingest was lost that latencies were held against, the epoch of the latest of them."""
+    there = [store.read_answer(path, EngineRecord) for path in opened.folder.glob("engines/*/latency.json")]
+    return max((one.epoch for one in there if one is not None), default=0)
+
+
+def score_again(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Ingested:
+    """An ingest whose logits were lost or damaged, with those of its engine once more."""
+    emit(Event("warning", "ingest", "logits.npy is lost or damaged: the original is scored again"))
+    with engines.session(setup.backend, setup.target, engines.original(setup, opened, ingested)) as session:
+        logits = engines.logits(session, setup.evaluation)
+    renewed = dataclasses.replace(ingested, logits_sha256=engines.store_logits(opened, logits))
+    opened.finish_stage("ingest", renewed)
+    return renewed
 
 
 _LENT = "lent.json"
@@ -55,8 +70,9 @@ _LENT = "lent.json"
 def _lend(setup: Setup, opened: store.Run, found: Ingested, *, anew: bool = False) -> None:
     """Let the other runs of a sweep have an ingest; ``anew`` where it was timed again since."""
     folder = opened.stage_folder("ingest")
-    files.write_atomically(folder / _LENT, store.to_json(found))
-    opened.lend("ingest", _original_key(setup), folder, anew=anew)
+    key = _original_key(setup)
+    files.write_atomically(folder / _LENT, store.to_sealed(found, key))
+    opened.lend("ingest", key, folder, anew=anew)
 
 
 def _original_key(setup: Setup) -> str:
@@ -79,6 +95,18 @@ def _original_key(setup: Setup) -> str:
     )
 
 
+def _left(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
+    """What this run's own ingest came to, where its result was lost and the copy for other runs was not."""
+    path = opened.stage_folder("ingest") / _LENT
+    found = store.read_answer(path, Ingested)
+    if found is None or opened.lends or store.source_of(path) != _original_key(setup):
+        return None
+    if not whole.ingest_is_whole(opened, found):
+        return None
+    emit(Event("note", "ingest", "the original as this run measured it before"))
+    return found
+
+
 def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     """What another run of the sweep found of the same original, its engine held against torch once more.
 
@@ -87,9 +115,15 @@ def _borrowed(setup: Setup, opened: store.Run, emit: Emit) -> Ingested | None:
     folder = opened.stage_folder("ingest")
     if not opened.borrow("ingest", _original_key(setup), folder):
         return None
+    found: Ingested | None
     try:
         found = store.from_json(Ingested, (folder / _LENT).read_bytes())
-    except (OSError, ValueError):  # of another version: measured anew
+    except (OSError, ValueError):
+        found = None
+    if found is None or not whole.ingest_is_whole(opened, found):
+        # Damaged, or of another version: measured anew, in a folder without remains of it.
+        opened.withdraw("ingest", _original_key(setup))
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     engine = Engine(opened.folder / found.engine, found.engine_sha256, build_s=0.0)
     with engines.session(setup.backend, setup.target, engine) as session:
@@ -152,50 +186,21 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
     candidate = graph.apply(begun, left, shape)
     parameters, macs = graph.count(candidate, resolved.shape)
-    store.save_tensors(opened.stage_folder("prune") / store.WEIGHTS, candidate.state_dict())
-    logits = tune.logits(candidate, resolved.evaluation(), setup.device).numpy()
+    path = opened.stage_folder("prune") / store.WEIGHTS
+    store.save_tensors(path, candidate.state_dict())
+    logits = tune.logits(candidate, resolved.evaluation(), tune.usable(setup.device)).numpy()
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
     )
-    return Pruned(parameters, macs, measured, 0.0, graph.sparsity(candidate))
+    sparsity = graph.sparsity(candidate)
+    return Pruned(parameters, macs, measured, 0.0, sparsity, store.file_sha256(path))
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
-    """Train the pruned network as the choice says, at its resolution; goes on from the last checkpoint."""
-    folder = opened.stage_folder("recover")
-    shape = setup.target.input_shape
-    begun, left = begin(setup.original, choice.start, choice.plan, shape, opened)
-    candidate = graph.apply(begun, left, shape)
-    if choice.recover.rescale and left.keep_channels:
-        candidate = graph.rescale(begun, left, shape, candidate)
-    path = folder / store.WEIGHTS
+    """Train the pruned network as the choice says, where the recipe does."""
+    path = opened.stage_folder("recover") / store.WEIGHTS
     if not choice.recover.steps:
-        store.save_tensors(path, candidate.state_dict())
+        store.save_tensors(path, recovering.candidate_of(setup, opened, choice).state_dict())
         return Recovered(store.file_sha256(path), None, None, 0.0)
-    # A checkpoint of another plan or schedule must not be taken up: its name says what it belongs to.
-    seed = setup.recipe.run.seed
-    key = store.digest(
-        choice.plan, choice.recover, choice.start, *choice.interim, seed, setup.calibration.digest
-    )[:16]
-    # A part of what a method made itself is no network that can teach: units may be masked in it.
-    own = choice.start is not None and bool(choice.start.part)
-    narrowed = choice.start is not None and choice.start.plan != Plan()
-    whole = setup.original if own or narrowed else begun
-    teachers = memory.bank_of(setup, folder / f"bank-{key}", whole, choice, emit)
-    trained = tune.train(
-        candidate,
-        setup.original,
-        setup.at(choice.plan).calibration(),
-        choice.recover,
-        seed=seed,
-        checkpoint=store.DiskCheckpoint(
-            folder / f"checkpoint-{key}.safetensors", setup.recipe.run.checkpoint_every
-        ),
-        emit=emit,
-        device=setup.device,
-        teachers=teachers,
-    )
-    store.save_tensors(path, candidate.state_dict())
-    # On large sets the bank is the largest thing in a run, and it has served.
-    shutil.rmtree(folder / f"bank-{key}", ignore_errors=True)
+    trained = workers.recover(setup, opened, choice, emit)
     return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)

@@ -37,12 +37,11 @@ def synthesized(setup: Setup, opened: store.Run, emit: Emit) -> Setup:
     spec, shape = setup.recipe.data.calibration, setup.target.input_shape
     path = opened.folder / data.SYNTHESIZED
     made_of = _made_of(setup)
-    if not path.exists():
+    if not opened.has(path):
         opened.borrow("synthesized", f"{made_of}.npz", path)
     images = _made(setup, path, made_of, emit)
     opened.lend("synthesized", f"{made_of}.npz", path)
-    if not (opened.folder / SHEET).exists():
-        files.write_atomically(opened.folder / SHEET, contact_sheet(images))
+    files.write_atomically(opened.folder / SHEET, contact_sheet(images))
     kept = data.made(spec, opened.folder)
     return setup.with_calibration(data.load_images(kept, setup.recipe.data.preprocess, shape[0]))
 
@@ -71,7 +70,7 @@ def _made(setup: Setup, path: Path, made_of: str, emit: Emit) -> NDArray[np.uint
     def told(done: int, loss: float) -> None:
         emit(Event("progress", "synthesis", f"loss {loss:.4g}", done, total))
 
-    watch, device = timing.Stopwatch(), setup.device
+    watch, device = timing.Stopwatch(), tune.usable(setup.device)
     emit(Event("note", "synthesis", f"{len(labels)} images from the original in {len(parts)} batches"))
     student = _student(setup) if settings.competition else None
     half = tune.native_bf16(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from optpipe.errors import RunError
 from optpipe.precision.network import LAYERS, Layer, Network, sort_nodes
 from optpipe.precision.outcome import RESIDUAL
 
@@ -71,7 +73,7 @@ def place(
     # The library asks for ranges of both inputs of an addition; those of the branch are dropped again below.
     ranges = dict.fromkeys((addition.branch for addition in network.additions), 1.0) | dict(thresholds)
     ops = [*LAYERS, "Add"]
-    with _quiet():
+    with _quiet(), _temporary_files():
         quantizer = QDQQuantizer(
             _copy(network.proto),
             per_channel=True,
@@ -171,6 +173,21 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
     copied = onnx.ModelProto()
     copied.CopyFrom(proto)
     return copied
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[None]:
+    """The library goes by way of temporary files; RunError where it has no permission to remove them.
+
+    Python's own temporary folders then recurse without end.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise RunError(
+            f"{tempfile.gettempdir()}: temporary files cannot be removed there; set TMPDIR to a folder that "
+            "is yours"
+        ) from None
 
 
 @contextlib.contextmanager

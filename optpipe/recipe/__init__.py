@@ -92,8 +92,10 @@ class Recipe:
         """The whole recipe as TOML with every default written out, but for what changes nothing of the run.
 
         These are ``report`` and ``gate``, so that a finished run can still be asked for more, and be held
-        against other limits, and who computes: a run may go on with other workers.
+        against other limits, and who computes: a run may go on with other workers. ``trainer`` is left out
+        where it is the target.
         """
+        left_out = WHO_COMPUTES if self.run.trainer != "target" else (*WHO_COMPUTES, "trainer")
         tables = {
             "model": _plain(self.model),
             "data": _plain(self.data),
@@ -106,7 +108,7 @@ class Recipe:
                 **typing.cast(dict[str, object], _plain(recover)),
             },
             "budget": _plain(self.budget),
-            "run": _plain({key: value for key, value in _fields(self.run) if key not in WHO_COMPUTES}),
+            "run": _plain({key: value for key, value in _fields(self.run) if key not in left_out}),
         }
         return tomli_w.dumps(tables)
 
@@ -287,6 +289,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("timing", "drift", recipe.timing.drift, False, positive),
         ("run", "checkpoint_every", recipe.run.checkpoint_every, False, positive),
         ("run", "worker_cpus", recipe.run.worker_cpus, False, positive),
+        ("run", "devices", recipe.run.devices, False, positive),
     ]
     unmeant = recipe.gate.problem()
     if unmeant is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from optpipe.data import DataSpec, Preprocess
 from optpipe.precision import Settings
 from optpipe.types import Precision, Synthesis
 
-WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus")
-"""Keys of ``[run]`` that change nothing of what is computed."""
+WHO_COMPUTES = ("workers", "address", "worker_cpus", "worker_gpus", "store", "devices")
+"""Keys of ``[run]`` that change nothing of what is computed, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,11 @@ class RunTable:
     training is stored, to go on from there when it is interrupted. ``workers`` says who scores and trains
     candidates: "serial" is this process, "local:N" are N processes beside it, "ray" is a cluster. ``address``
     is where that listens. ``worker_cpus`` cores and ``worker_gpus`` GPUs of the cluster are each worker's.
-    Engines are always timed by this process, on this machine.
+    Engines are always timed by this process, on this machine. ``store`` is where answers lie for workers on
+    machines that do not see the run's folder: an address that fsspec knows, such as "s3://bucket/folder".
+    ``trainer`` is the device that scores and trains: "target" is the target's own where torch can use it,
+    "cuda" a GPU also where the target is a processor, "cpu" none.
+    ``devices`` of this machine share the batches of the recovery: GPUs, or on a CPU as many processes.
     """
 
     name: str
@@ -114,6 +119,9 @@ class RunTable:
     address: str = "auto"
     worker_cpus: int = 1
     worker_gpus: float = 0.0
+    store: str = ""
+    trainer: Literal["target", "cpu", "cuda"] = "target"
+    devices: int = 1
 
     @property
     def local_workers(self) -> int | None:

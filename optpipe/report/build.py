@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from optpipe import files, store
+from optpipe import files, seals, store
 from optpipe.errors import UsageError
 from optpipe.report import figures, html, markdown, schema, unmeant
 from optpipe.types import Budget, Latency, Plan
@@ -82,7 +82,7 @@ def _is_slower(latency: Latency | None, other: Latency | None) -> bool:
 
 def write(folder: Path, report: schema.Report) -> None:
     """Write report.json and all that shows it."""
-    files.write_atomically(folder / "report.json", store.to_json(report))
+    files.write_atomically(folder / "report.json", store.to_sealed(report))
     show(folder, report)
 
 
@@ -105,6 +105,8 @@ def read(run: Path) -> schema.Report:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
             report = store.from_json(schema.Report, path.read_bytes())
+        except seals.DamagedError as error:
+            raise UsageError(f"{path}: {error}; give the same optpipe run again to have it anew") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = "".join(f"{part}: " for part in first["loc"])

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from optpipe import files, store
 from optpipe.errors import UsageError
 from optpipe.types import Limits
@@ -18,7 +16,7 @@ NAME = "gate.json"
 
 def write(folder: Path, limits: Limits) -> None:
     """Write the limits into a run's folder."""
-    files.write_atomically(folder / NAME, store.to_json(limits))
+    files.write_atomically(folder / NAME, store.to_sealed(limits))
 
 
 def read(run: Path) -> Limits:
@@ -32,7 +30,7 @@ def read(run: Path) -> Limits:
         limits = store.from_json(Limits, path.read_bytes())
     except FileNotFoundError:
         return Limits()
-    except ValidationError:
+    except ValueError:
         raise UsageError(f"{path}: is damaged; give the same optpipe run again to have it anew") from None
     problem = limits.problem()
     if problem is not None:

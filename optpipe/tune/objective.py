@@ -84,6 +84,13 @@ class Compared:
     def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Nothing to put back."""
 
+    def noted(self) -> torch.Tensor:
+        """Nothing."""
+        return torch.zeros(0)
+
+    def remember(self, noted: torch.Tensor) -> None:
+        """Nothing to take over."""
+
 
 def features(
     student: fx.GraphModule, original: fx.GraphModule, tune: Tune, device: str
@@ -184,6 +191,7 @@ class Labels:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._seen = 0
         self._epoch_loss = math.inf
+        self._noted = torch.zeros(0)
 
     def loss(self, which: Sequence[int], images: torch.Tensor) -> torch.Tensor:
         """The batch mean, the views summed."""
@@ -195,8 +203,23 @@ class Labels:
         if self._teachers is not None and ahead:
             wanted = self._teachers.mean(ahead, which).to(self._labels.device)
             loss = loss + distillation(logits, wanted, self._tune.temperature)
-        self._account(errors.detach().mean(dim=0))
+        self._noted = errors.detach().mean(dim=0)
         return loss
+
+    def noted(self) -> torch.Tensor:
+        """The errors (B,) of the last loss's images, the mean over views."""
+        noted, self._noted = self._noted, torch.zeros(0)
+        return noted
+
+    def remember(self, noted: torch.Tensor) -> None:
+        """Add the errors (B,) of a step's images; those beyond the last of an epoch begin the next one."""
+        left = len(self._labels) - self._seen
+        self._sum = self._sum + noted[:left].sum(dtype=torch.float64)
+        self._seen += len(noted)
+        if self._seen >= len(self._labels):
+            self._epoch_loss = float(self._sum) / len(self._labels)
+            self._sum = noted[left:].sum(dtype=torch.float64)
+            self._seen -= len(self._labels)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The sum of the epoch's errors so far, of how many images, and the last epoch's mean."""
@@ -217,13 +240,3 @@ class Labels:
         if self._tune.teachers == "single":
             return tuple(range(len(losses)))
         return tuple(number for number, loss in enumerate(losses) if loss <= self._epoch_loss)
-
-    def _account(self, errors: torch.Tensor) -> None:
-        """Add the errors (B,) of a step's images; those beyond the last of an epoch begin the next one."""
-        left = len(self._labels) - self._seen
-        self._sum = self._sum + errors[:left].sum(dtype=torch.float64)
-        self._seen += len(errors)
-        if self._seen >= len(self._labels):
-            self._epoch_loss = float(self._sum) / len(self._labels)
-            self._sum = errors[left:].sum(dtype=torch.float64)
-            self._seen -= len(self._labels)

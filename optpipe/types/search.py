@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from optpipe.types.measurement import Latency, Quality
 from optpipe.types.network import ModelGraph, Plan
@@ -198,6 +198,21 @@ class Objective(Protocol):
 
     def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Put such a state back."""
+
+
+@runtime_checkable
+class Divisible(Objective, Protocol):
+    """An objective whose batches may be taken in parts: its loss is a mean over images.
+
+    ``loss`` may then be asked of one part of a step's images after the other, and changes no state: what is
+    to be remembered of the images is noted, and taken over when the whole step is done.
+    """
+
+    def noted(self) -> torch.Tensor:
+        """What the last loss noted of each of its images, (B,), and notes no more; (0,) if nothing."""
+
+    def remember(self, noted: torch.Tensor) -> None:
+        """Take over what was noted of all images of a step, in the batch's order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from faults import report
 
 CAMPAIGNS = (
     "inputs",
+    "kills",
+    "rot",
+    "disk",
     "crowd",
     "memory",
     "soak",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optpipe import errors
@@ -20,8 +20,21 @@ from optpipe.types import Emit, Event
 
 TRIES = 3
 """How many workers may die over one request before it is given up."""
+LEAVE_S = 5.0
+"""How long workers have to remove what they keep of their own."""
 ASK_AGAIN_S = 2.0
 """How long to wait for an answer before looking whether the cluster has room for more workers."""
+
+
+def installed() -> Any:
+    """The module ray. MissingError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingError(
+            '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
+        ) from None
+    return ray
 
 
 def join(address: str) -> Any:
@@ -30,18 +43,13 @@ def join(address: str) -> Any:
     Raises:
         MissingError: Ray is not installed, or no cluster listens there.
     """
-    try:
-        import ray
-    except ImportError:
-        raise MissingError(
-            '[run] workers = "ray": the package ray is not installed; pip install "optpipe[ray]"'
-        ) from None
+    ray = installed()
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingError(
-            f'[run] address = "{address}": no Ray cluster answers there: {_one_line(error)}; begin one with '
+            f'[run] address = "{address}": no Ray cluster answers there: {one_line(error)}; begin one with '
             "ray start --head, on one of its machines"
         ) from None
     return ray
@@ -52,6 +60,21 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def refuse_small(ray: Any, needs: Mapping[str, float]) -> int:
+    """How many workers a cluster can hold that take ``needs``; RunError where it cannot hold a single one."""
+    whole = ray.cluster_resources()
+    room = min(int(whole.get(name, 0.0) / need) for name, need in needs.items() if need)
+    if not room:
+        there, asked = (
+            f"{have.get('CPU', 0.0):g} cores and {have.get('GPU', 0.0):g} GPUs" for have in (whole, needs)
+        )
+        raise RunError(
+            f"[run] workers: the cluster has {there}, and a worker takes {asked}; set worker_cpus and "
+            "worker_gpus"
+        )
+    return room
 
 
 class Remote:
@@ -74,6 +97,12 @@ class Remote:
         except OptpipeError as error:
             return node, type(error).__name__, str(error)
         return node, "", ""
+
+    def leave(self) -> None:
+        """Remove what it keeps of its own, before it ends."""
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
 
 
 def _tell_nobody(event: Event) -> None:
@@ -132,6 +161,10 @@ class RayPool:
 
     def close(self) -> None:
         """As :class:`~optpipe.lab.pool.Pool` says."""
+        if self._workers:
+            # Who is at a request hears this too late, and leaves its folder to the machine's own cleaning.
+            leaving = [worker.leave.remote() for worker in self._workers]
+            self._ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
         for worker in (*self._workers, *self._coming.values()):
             self._ray.kill(worker)
         self._workers.clear()
@@ -143,17 +176,7 @@ class RayPool:
 
         Whether a worker has its place is known when it comes: others may use the cluster too.
         """
-        whole = self._ray.cluster_resources()
-        room = min(int(whole.get(name, 0.0) / need) for name, need in self._needs.items() if need)
-        if not room:
-            there, asked = (
-                f"{have.get('CPU', 0.0):g} cores and {have.get('GPU', 0.0):g} GPUs"
-                for have in (whole, self._needs)
-            )
-            raise RunError(
-                f"[run] workers: the cluster has {there}, and a worker takes {asked}; set worker_cpus and "
-                "worker_gpus"
-            )
+        room = refuse_small(self._ray, self._needs)
         while len(self._workers) + len(self._coming) < min(count, room):
             worker: Any = self._kind.remote(self._assignment)
             self._coming[worker.here.remote()] = worker
@@ -164,17 +187,18 @@ class RayPool:
         try:
             self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
-            self._emit(Event("warning", "workers", f"one did not come: {_one_line(error)}"))
+            self._emit(Event("warning", "workers", f"one did not come: {one_line(error)}"))
         else:
             self._workers.append(worker)
 
     def _mourn(self, deaths: int, error: BaseException) -> None:
         self._emit(
-            Event("warning", "workers", f"one died; another takes its request over: {_one_line(error)}")
+            Event("warning", "workers", f"one died; another takes its request over: {one_line(error)}")
         )
         if deaths >= TRIES:
-            raise RunError(f"[run] workers: {deaths} workers died over one request: {_one_line(error)}")
+            raise RunError(f"[run] workers: {deaths} workers died over one request: {one_line(error)}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error of Ray says, which may be pages."""
     return " ".join(str(error).split())[:200]

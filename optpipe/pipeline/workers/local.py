@@ -7,9 +7,6 @@ the process that began it, and one that dies is replaced: its request is given t
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from optpipe import errors
 from optpipe.errors import OptpipeError, RunError
 from optpipe.lab.pool import Done
+from optpipe.pipeline.workers.child import Child, died
 from optpipe.pipeline.workers.replica import Assignment
 from optpipe.types import Emit, Event
 
@@ -30,19 +28,8 @@ class _Worker:
     def __init__(self, name: str, assignment: Assignment, threads: int) -> None:
         self.name = name
         self.place: int | None = None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "optpipe.pipeline.workers.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # what it has to say comes by the socket
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                # Ctrl-C is the driver's to handle: it ends its workers.
-                start_new_session=True,
-            )
-        self.connection: Connection = Connection(ours.detach())
+        self._child = Child("optpipe.pipeline.workers.process", {"OMP_NUM_THREADS": str(threads)})
+        self.connection: Connection = self._child.connection
         self.connection.send(assignment)
 
     def give(self, batch: int, place: int) -> None:
@@ -52,10 +39,7 @@ class _Worker:
 
     def end(self) -> int:
         """End it now; returns its exit code."""
-        self._process.kill()
-        code = self._process.wait()
-        self.connection.close()
-        return code
+        return self._child.end()
 
 
 class LocalPool:
@@ -117,9 +101,7 @@ class LocalPool:
     def _bury(self, worker: _Worker) -> int | None:
         """Take a dead worker out; returns the request that it was at."""
         self._workers.remove(worker)
-        code = worker.end()
-        why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._emit(Event("warning", worker.name, f"died ({why}); another takes its place"))
+        self._emit(Event("warning", worker.name, f"died ({died(worker.end())}); another takes its place"))
         return worker.place
 
     def _refuse_endless(self, deaths: int) -> None:

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optpipe import tune
 from optpipe.environment import Finding
 from optpipe.errors import MissingError
@@ -20,13 +22,13 @@ Facts = tuple[str, str, str, bool, bool]
 
 
 def examine(address: str | None, folder: Path) -> list[Finding]:
-    """How many workers fit here, and each node of the cluster at ``address`` with what it lacks.
+    """How many workers and devices fit here, and each node of the cluster at ``address`` with what it lacks.
 
     Whether a node sees ``folder`` is tried with a file that is written there and removed again.
     """
     cores = os.cpu_count() or 1
     share = f'workers = "local:{cores}" gives each a core; more than one core is needed to gain anything'
-    found = [Finding("this machine", True, f"{cores} cores; {share}")]
+    found = [Finding("this machine", True, f"{cores} cores; {share}"), *_devices()]
     try:
         found.append(Finding("ray", True, version("ray")))
     except PackageNotFoundError:
@@ -44,6 +46,22 @@ def examine(address: str | None, folder: Path) -> list[Finding]:
     finally:
         ray.shutdown()
     return found
+
+
+def _devices() -> list[Finding]:
+    """How many devices can share a recovery, and the package that they need for it."""
+    count = torch.cuda.device_count()
+    shown = (
+        f"{count} GPU{'s' * (count != 1)}; devices = {count} trains a recovery on all of them"
+        if count
+        else "no GPU that torch can use; processes of one CPU share its cores, and gain nothing by devices"
+    )
+    try:
+        package = Finding("lightning-fabric", True, version("lightning-fabric"))
+    except PackageNotFoundError:
+        mend = "pip install 'optpipe[multi]'"
+        package = Finding("lightning-fabric", False, "is not installed; needed by devices above 1", mend)
+    return [Finding("devices", True, shown), package]
 
 
 def _node(ray: Any, node: dict[str, Any], seen: str) -> Finding:
@@ -91,5 +109,6 @@ def _lacks(there: Facts, here: Facts) -> tuple[str, str]:
             '[recover] autocast = "off" makes both train alike',
         )
     if not there[4]:
-        return "does not see this folder", "start runs in a folder that all machines share"
+        mend = "start runs in a folder that all machines share, or give [run] store an address"
+        return "does not see this folder", mend
     return "", ""

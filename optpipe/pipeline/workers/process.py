@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from multiprocessing.connection import Connection
 
 from optpipe.errors import OptpipeError
+from optpipe.pipeline.workers.child import die_with
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.types import Event
 
 
 def main(descriptor: int) -> None:
     """Serve until the driver is gone."""
-    _die_with(os.getppid())
+    die_with(os.getppid())
     connection: Connection = Connection(descriptor)
     sending = threading.Lock()
 
@@ -46,17 +46,6 @@ def main(descriptor: int) -> None:
                 send("done")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, in the middle of a training too."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

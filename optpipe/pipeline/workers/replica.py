@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from optpipe.pipeline.synthesizing import synthesized
 from optpipe.preparation import Setup
 from optpipe.recipe import Recipe
 from optpipe.results import Ingested
+from optpipe.shared import SharedStore
 from optpipe.types import Emit, Fingerprint, Request, Search
 
 
@@ -23,11 +26,13 @@ class Assignment:
 
     ``fingerprint`` is of the machine that times, whose latencies the search has seen. ``device`` and
     ``native_bf16`` are what the driver's torch computes with: on others the same request has other keys.
+    ``shared`` is the run's name at ``[run] store``; with it ``folder`` and ``cache`` are the driver's alone.
     """
 
     recipe: Recipe
     folder: Path
     cache: Path | None
+    shared: str
     fingerprint: Fingerprint
     model_digest: str
     calibration_digest: str
@@ -43,6 +48,7 @@ class Assignment:
             recipe=dataclasses.replace(recipe, target=target),
             folder=opened.folder,
             cache=opened.cache,
+            shared="" if opened.shared is None else opened.shared.run,
             fingerprint=ingested.latency.fingerprint,
             model_digest=setup.model_digest,
             calibration_digest=setup.calibration.digest,
@@ -62,17 +68,17 @@ class Replica:
         """
         self._assignment = assignment
         self._emit = emit
-        self._opened = store.Run(assignment.folder, assignment.cache)
-        if not (assignment.folder / store.RECIPE).is_file():
-            raise RunError(
-                f"{assignment.folder}: this worker does not see the run's folder; a run with workers on "
-                "other machines needs a folder that all of them share (--out)"
-            )
-        self._setup = synthesized(preparation.prepare(assignment.recipe), self._opened, emit)
-        _refuse_other(self._setup, assignment)
+        self._own = contextlib.ExitStack()
+        self._opened = self._own.enter_context(opened_by(assignment))
+        self._setup = prepared(assignment, self._opened, emit)
         self._begin()
 
+    def close(self) -> None:
+        """Remove what it keeps of its own."""
+        self._own.close()
+
     def _begin(self) -> None:
+        self._opened.has(self._opened.stage_folder("ingest") / "result.json")
         ingested = self._opened.stage_result("ingest", Ingested)
         if ingested is None:
             raise RunError(f"{self._assignment.folder}: is not ingested, so there is nothing to work for")
@@ -95,6 +101,38 @@ class Replica:
             self._requests = self._search.send(self._lab.answer(self._requests))
             self._batch += 1
         self._lab.compute(self._requests[place])
+
+
+@contextlib.contextmanager
+def opened_by(assignment: Assignment) -> Iterator[store.Run]:
+    """A worker's run: in the folder that all see, or in one of its own that fills from the store.
+
+    Raises:
+        RunError: it does not see the folder.
+    """
+    if assignment.shared:
+        shared = SharedStore(assignment.recipe.run.store, assignment.shared)
+        with tempfile.TemporaryDirectory(prefix="optpipe-worker-") as folder:
+            yield store.Run(Path(folder), None, shared=shared)
+        return
+    if not (assignment.folder / store.RECIPE).is_file():
+        raise RunError(
+            f"{assignment.folder}: this worker does not see the run's folder; a run with workers on other "
+            "machines needs a folder that all of them share (--out), or an address that they reach ([run] "
+            "store)"
+        )
+    yield store.Run(assignment.folder, assignment.cache)
+
+
+def prepared(assignment: Assignment, opened: store.Run, emit: Emit) -> Setup:
+    """The setup of an assignment, as it is for the driver, with images that are to be made from the run.
+
+    Raises:
+        OptpipeError: the model or the images are not there, or this machine would compute something else.
+    """
+    setup = synthesized(preparation.prepare(assignment.recipe), opened, emit)
+    _refuse_other(setup, assignment)
+    return setup
 
 
 def _refuse_other(setup: Setup, assignment: Assignment) -> None:
