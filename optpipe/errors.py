@@ -33,3 +33,20 @@ class RunError(OptpipeError):
     """A stage that could not be completed (exit code 4)."""
 
     exit_code = 4
+
+
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "bad_alloc", "bad allocation"),
+    *("Failed to allocate memory", "could not create a primitive", "could not create a memory object"),
+)
+"""What torch, oneDNN and ONNX Runtime call it where memory is refused to them, in errors of other kinds."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised for, is one of memory that is not there.
+
+    A GPU's own is told by torch's kind of error.
+    """
+    if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
+        return True
+    return error.__cause__ is not None and lacks_memory(error.__cause__)

@@ -18,7 +18,8 @@ import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
-from optpipe.errors import RunError
+from optpipe import leftovers
+from optpipe.errors import RunError, lacks_memory
 from optpipe.files import write_atomically
 from optpipe.types import Images, Session
 
@@ -81,6 +82,8 @@ def export(
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
         raise RunError(
             f"torch cannot export {type(model).__name__} to ONNX: {_first_line(error)}; "
             "its forward must be free of branches on data and work for any batch"
@@ -88,6 +91,7 @@ def export(
     assert program is not None
     proto = program.model_proto
     _strip(proto)
+    leftovers.forget(program.exported_program)
     write_atomically(path, proto.SerializeToString(deterministic=True))
 
 

@@ -151,7 +151,9 @@ def prepare(recipe: recipes.Recipe, module: nn.Module | None = None) -> Setup:
         raise UsageError(f"{recipe.path}: {error}") from None
     config: object = recipes.bind(method.Config, recipe.method, recipe.path, "method")
     recover = recipes.recovery(_recovery_of(recipe, method), recipe.recover, recipe.path)
-    device = tune.training_device(recipe.target.device, recipe.run.trainer)
+    device = tune.training_device(
+        recipe.target.device, recipe.run.trainer, elsewhere=recipe.run.workers == "ray"
+    )
     recover = tune.on_this_machine(recover, device)
     model = models.load_model(recipe.model, recipe.folder) if module is None else module
     channels = models.input_channels(model)

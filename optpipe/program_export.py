@@ -15,7 +15,8 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from optpipe.errors import RunError
+from optpipe import leftovers
+from optpipe.errors import RunError, lacks_memory
 from optpipe.files import write_atomically
 
 _CONVOLUTIONS = {torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding}
@@ -40,7 +41,10 @@ def export(model: nn.Module, input_shape: Sequence[int], batch: int, path: Path)
             _strip(program.graph_module)
             content = io.BytesIO()
             torch.export.save(program, content)
+            leftovers.forget(program)
     except Exception as error:  # tracing runs the network's own forward, which may raise anything
+        if lacks_memory(error):
+            raise
         raise RunError(
             f"torch cannot export {type(model).__name__} to a program: {_first_line(error)}; "
             "its forward must be free of branches on data"

@@ -145,7 +145,7 @@ def survey(run: Path, settings: Settings, folder: Path, *, emit: Emit) -> Survey
         folder.mkdir(parents=True, exist_ok=True)  # known before the work, not after it
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made: {error.strerror}; name another with --out") from None
-    device = tune.training_device(opened.recipe.target.device, opened.recipe.run.trainer)
+    device = tune.usable(opened.recipe.target.device)
     surveyed: list[Surveyed] = []
     surfaces: list[landscape.Surface] = []
     for name, network in opened.networks.items():

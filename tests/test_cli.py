@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -190,6 +191,30 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
     assert code == 4
     assert err == "Error: unexpected ZeroDivisionError: a b run (--debug shows where)\n"
     assert "Traceback" in optpipe("gate", finished, *GATE, "--debug")[2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bad allocation"),
+    ],
+    ids=["python", "system", "torch", "onednn", "onnxruntime"],
+)
+def test_memory_that_is_not_there_is_one_line(
+    error: Exception, optpipe: Call, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(run: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(build, "read", refused)
+    code, _, err = optpipe("gate", finished, *GATE)
+    assert (code, err) == (4, "Error: this takes more memory than there is; --debug shows where\n")
 
 
 def test_an_error_of_the_system_names_the_file(optpipe: Call, finished: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from optpipe import building, data, graph, lab, models, precision, store, tune
 from optpipe.backends import onnxruntime
 from optpipe.data import ImageSet
+from optpipe.errors import RunError
 from optpipe.types import (
     Answer,
     Ask,
@@ -394,6 +395,16 @@ SOME = (1, 4, 6, 7, 10, 11, 13, 0)
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_candidate_whose_features_are_no_numbers_is_no_answer(
+    subject: lab.Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench(store.Run(tmp_path / "run", None), subject)
+    monkeypatch.setattr(tune, "distance", lambda *given: float("nan"))
+    with pytest.raises(RunError, match=r"features are no numbers \(nan\): its training diverged"):
+        bench.ask(Ask(SECOND, wants=("distance",)))
+    assert not list((tmp_path / "run").glob("trials/*/trial.json"))
 
 
 def test_a_candidate_is_trained_on_the_images_that_are_named(tmp_path: Path, subject: lab.Subject) -> None:

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -340,6 +342,45 @@ def test_the_runs_of_a_sweep_have_each_others_files_and_keep_them(tmp_path: Path
     assert (second.folder / "weights").read_text() == "w"
     (second.folder / "stage" / "a" / "engine").write_text("built anew here")
     assert (first.folder / "stage" / "a" / "engine").read_text() == "f"
+
+
+def test_a_folder_that_is_lent_again_and_again_is_never_half_of_two(tmp_path: Path) -> None:
+    """Others lend it anew, as when an original is timed again, while it is borrowed."""
+    cache, names = tmp_path / "cache", [f"file{number}" for number in range(20)]
+    wrong: list[str] = []
+
+    def lend(which: int) -> None:
+        run = store.Run(tmp_path / f"lender{which}", cache, lends=True)
+        for name in names:
+            files.write_atomically(run.folder / "stage" / name, f"{which}")
+        for _ in range(15):
+            run.lend("ingest", "k", run.folder / "stage", anew=True)
+
+    def borrow(which: int) -> None:
+        run = store.Run(tmp_path / f"borrower{which}", cache, lends=True)
+        for _ in range(15):
+            if run.borrow("ingest", "k", run.folder / "stage"):
+                found = sorted(path.read_text() for path in (run.folder / "stage").iterdir())
+                if len(found) != len(names) or len(set(found)) != 1:
+                    wrong.append(f"{which}: {found}")
+
+    lend(0)
+    with ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(one, number) for number in (1, 2) for one in (lend, borrow)]
+    for one in work:
+        one.result()
+    assert wrong == []
+    assert [path.name for path in tmp_path.rglob(".*.tmp")] == []
+
+
+def test_what_was_left_half_written_in_a_cache_goes_a_day_later(tmp_path: Path) -> None:
+    room = tmp_path / "cache" / "trained"
+    for name, age_s in ((".old.1.tmp", 25 * 3600), (".new.1.tmp", 60), ("kept", 10**6)):
+        path = room / name
+        path.mkdir(parents=True)
+        os.utime(path, (time.time() - age_s,) * 2)
+    with store.open_run(tmp_path / "run", RECIPE, fresh=False, cache=tmp_path / "cache"):
+        assert sorted(path.name for path in room.iterdir()) == [".new.1.tmp", "kept"]
 
 
 def test_runs_outside_a_sweep_lend_no_files(tmp_path: Path) -> None:

@@ -322,20 +322,27 @@ def test_fresh_measures_all_anew_and_none_that_succeeds_is_a_failure(
     assert not ingested.borrowed
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("out of\nmemory"), "unexpected RuntimeError: out of memory"),
+        (MemoryError(), "this takes more memory than there is"),
+    ],
+)
 def test_an_unexpected_failure_costs_one_run_alone(
-    home: Path, tmp_path: Path, optpipe: Call, monkeypatch: pytest.MonkeyPatch
+    error: Exception, told: str, home: Path, tmp_path: Path, optpipe: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
 
     def broken(setup: preparation.Setup, opened: store.Run, emit: object) -> Ingested:
         tried.append(opened.folder.name)
-        raise RuntimeError("out of\nmemory")
+        raise error
 
     monkeypatch.setattr(stages, "ingest", broken)
     words = ("sweep", home / "small.toml", "--latency", "0.1,0.2", "--out", tmp_path / "out")
     code, _, err = optpipe(*words)
     assert (code, tried) == (4, ["small-0.1", "small-0.2"])
-    assert "small-0.1 failed: unexpected RuntimeError: out of memory\n" in err
+    assert f"small-0.1 failed: {told}\n" in err
     assert "Traceback" not in err
     assert "Traceback" in optpipe(*words, "--debug")[2]
 

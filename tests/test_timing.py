@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from optpipe import timing
+from optpipe import locks, timing
+from optpipe.errors import RunError
 from optpipe.types import DeviceState, Fingerprint, Latency, Sample
 
 MACHINE = Fingerprint("a processor", "an OS", (("engine", "1"),), threads=2)
@@ -345,3 +346,31 @@ def test_a_processor_has_no_copies_to_report() -> None:
 def test_figures_of_a_gpu_that_may_mislead_come_with_the_reason(session: OnGpu, warning: str) -> None:
     (found,) = alone_on_gpu(session).warnings
     assert re.search(warning, found)
+
+
+def test_who_waits_for_a_device_says_for_whom(device: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(device, held, release))
+    holder.start()
+    assert held.wait(30)
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        release.set()
+
+    with locks.telling(tell), timing.device_lock(device):
+        assert told == [f"waiting for process {holder.pid}, which measures on cpu"]
+    holder.join(30)
+
+
+def test_a_lock_that_cannot_be_made_is_explained(device: str, tmp_path: Path) -> None:
+    (tmp_path / "optpipe-cpu.lock").mkdir()
+    with pytest.raises(RunError) as caught, timing.device_lock(device):
+        pytest.fail("it measures without a lock")
+    assert str(caught.value) == (
+        f"{tmp_path / 'optpipe-cpu.lock'}: cannot be made or locked (Is a directory), and by this file "
+        "processes that measure on cpu keep out of each other's way; set TMPDIR to a folder that can be "
+        "written"
+    )

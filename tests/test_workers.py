@@ -22,9 +22,10 @@ from whole_runs import Ran, forget, recovered_sha256, take
 
 from optpipe import cli, pipeline, preparation, store
 from optpipe import recipe as recipes
-from optpipe.errors import RunError, UsageError
+from optpipe.errors import MissingError, RunError, UsageError
 from optpipe.lab import Pool
-from optpipe.pipeline.workers import offer
+from optpipe.pipeline import recovering
+from optpipe.pipeline.workers import afar, offer
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment, Replica
 from optpipe.results import Ingested
@@ -372,8 +373,42 @@ def test_ray_workers_that_do_not_see_the_folder_answer_by_the_store(
     assert recovered_sha256(found.folder) == recovered_sha256(serial.folder)
     answered = [detail for _, detail in found.details("trial") if detail.startswith("computed by a worker")]
     assert len(answered) == 2
+    assert ("recover", "by a worker of the cluster") in found.details("note")
+    assert found.details("progress"), "nothing was heard of the training"
     assert list(own.glob("optpipe-worker-*")) == []
     shutil.rmtree(own)
+
+
+def test_a_recovery_elsewhere_is_the_drivers_own(home: Path, serial: Ran, tmp_path: Path) -> None:
+    """By the store alone: the worker sees nothing of the run's folder, the driver gets the weights."""
+    folder = tmp_path / "run"
+    shutil.copytree(serial.folder, folder)
+    forget(folder, "recover", "export", "benchmark")
+    (folder / "04-recover" / "weights.safetensors").unlink()
+    setup = prepared(home, "ray", f'run.store="file://{tmp_path}/there"')
+    driver = store.Run(folder, None, shared=SharedStore(f"file://{tmp_path}/there", "one"))
+    ingested = driver.stage_result("ingest", Ingested)
+    assert ingested is not None
+    for stage in ("01-ingest", "02-analyze"):
+        driver.give(folder / stage / "result.json")
+    assignment = replace(Assignment.of(setup, driver, ingested), folder=tmp_path / "elsewhere")
+    key = recovering.key_of(setup, serial.choice)
+    trained = afar.carried_out(assignment, key, lambda event: None)
+    assert trained.loss_last < trained.loss_first
+    assert driver.shared is not None
+    assert driver.shared.take(f"recovered/{key}.safetensors", folder / "04-recover" / "weights.safetensors")
+    assert recovered_sha256(folder) == recovered_sha256(serial.folder)
+    with pytest.raises(RunError, match="holds another choice than the one that is recovered"):
+        afar.carried_out(assignment, "another", lambda event: None)
+
+
+def test_who_only_drives_needs_no_gpu_to_train_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    setup = prepared(home, "ray", 'run.trainer="cuda"', 'recover.autocast="auto"')
+    assert setup.device == "cuda"
+    assert setup.recover.autocast == "bf16"  # what a GPU is taken to do, which a worker looks at
+    with pytest.raises(MissingError, match="torch finds no GPU"):
+        prepared(home, "local:2", 'run.trainer="cuda"')
 
 
 def test_doctor_says_how_many_workers_fit_here(capsys: pytest.CaptureFixture[str]) -> None:

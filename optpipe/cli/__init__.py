@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import click
 
-from optpipe import __version__, interruption
+from optpipe import __version__, interruption, locks
 from optpipe.cli import finished, machine, recipes, sweeping
 from optpipe.cli.interrupted import last_words
-from optpipe.errors import OptpipeError
+from optpipe.errors import OptpipeError, lacks_memory
 
 LONGEST = 1200
 """Characters of an error; what is left out is in its middle."""
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Training threads that wait by spinning take the processor from the engines that are timed, and, on a
     # machine that others use too, from each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with interruption.Watch(lambda: last_words(words, interruption.folder())) as watch:
+    watching = interruption.Watch(lambda: last_words(words, interruption.folder()))
+    with watching as watch, locks.telling(lambda line: click.echo(line, err=True)):
         try:
             _carry_out(words)
         except BaseException:
@@ -92,14 +93,19 @@ def _carry_out(words: Sequence[str]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"Error: {where}{error.strerror or error}", 4, words)
-    except MemoryError:
-        _fail("Error: this takes more memory than there is; --debug shows where", 4, words)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        _fail(f"Error: unexpected {type(error).__name__}: {text} (--debug shows where)", 4, words)
+        _fail(_unforeseen(error), 4, words)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that is none of optpipe's own."""
+    if lacks_memory(error):
+        return "Error: this takes more memory than there is; --debug shows where"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"Error: {where}{error.strerror or error}"
+    text = " ".join(str(error).split())[:300]
+    return f"Error: unexpected {type(error).__name__}: {text} (--debug shows where)"
 
 
 def _fail(message: str, code: int, words: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Images from a folder, an .npz file or a function, held in memory at the network's resolution.
+"""Images from a folder, an .npz file or a function, at the network's resolution: in memory, or read again.
 
 Importing this room is light: torch and Pillow come in only when images are loaded.
 """

@@ -1,9 +1,10 @@
-"""Sets of images in memory: loaded, cut into parts, and had again at another size."""
+"""Sets of images: loaded, cut into parts, and had again at another size."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from optpipe.data.preparing import Labels, Pixels, Preprocess, at_size, check_preprocess, normalised, resize
+from optpipe.data import streaming
+from optpipe.data.preparing import Pixels, Preprocess, at_size, check_preprocess, normalised, resize
 from optpipe.data.sources import DataSpec, Source, open_source
+from optpipe.data.streaming import Stream, Taken, gone, planes_of
 from optpipe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,10 +39,11 @@ class Stored:
 class Origin:
     """Where the images of a set can be had as they were before they were resized.
 
-    They are those at ``indices`` of a stored source, or of a set in memory whose images never were resized.
+    They are those at ``indices`` of a stored source, of a set in memory whose images never were resized, or
+    of what a set that is not in memory reads from.
     """
 
-    source: Stored | ImageSet
+    source: Stored | ImageSet | Stream
     indices: tuple[int, ...]
     preprocess: Preprocess
 
@@ -47,13 +51,18 @@ class Origin:
         """Images (H, W, C) by their index in the source."""
         if isinstance(self.source, Stored):
             return self.source.reader()
+        if isinstance(self.source, Stream):
+            return self.source.read
         pixels = self.source.pixels
         return lambda index: cast("Pixels", pixels[index].permute(1, 2, 0).numpy())
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Images in memory: ``pixels`` uint8 (N, C, H, W), ``labels`` int64 (N,) or None.
+    """Images: ``pixels`` uint8 (N, C, H, W), ``labels`` int64 (N,) or None.
+
+    A set that is too large for memory has a ``stream``, which reads its images when they are asked for; its
+    ``pixels`` then have a shape alone, on torch's meta device. The two kinds are the same in all else.
 
     ``names`` says where each image came from; ``skipped`` names the images that could not be read;
     ``class_folders`` is how many folders the labels were counted from, if they were. ``origin`` is where
@@ -69,6 +78,7 @@ class ImageSet:
     skipped: tuple[str, ...] = ()
     class_folders: int | None = None
     origin: Origin | None = None
+    stream: Stream | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -79,10 +89,18 @@ class ImageSet:
         _, channels, height, width = self.pixels.shape
         return channels, height, width
 
+    def planes(self, indices: Sequence[int] | slice) -> Tensor:
+        """Pixels as they are, uint8 (N, C, H, W)."""
+        import torch
+
+        if self.stream is None:
+            return self.pixels[indices if isinstance(indices, slice) else list(indices)]
+        places = range(len(self))[indices] if isinstance(indices, slice) else indices
+        return torch.from_numpy(self.stream.planes(places))
+
     def batch(self, indices: Sequence[int] | slice) -> Tensor:
         """Normalised images, float32 (N, C, H, W)."""
-        chosen = self.pixels[indices if isinstance(indices, slice) else list(indices)]
-        return normalised(chosen, self.mean, self.std)
+        return normalised(self.planes(indices), self.mean, self.std)
 
 
 def load_images(
@@ -107,23 +125,42 @@ def load_images(
     source = open_source(spec, channels, search_folder)
     chosen = _subset(spec, source)
     limit = min(max(10, len(chosen) // 100), len(chosen) // 2) if bad_limit is None else bad_limit
-    kept, pixels, changed = _read(source, chosen, preprocess, limit)
-    labels = source.labels[kept] if spec.labels and source.labels is not None else None
+    labels = source.labels if spec.labels else None
+    head = streaming.head(labels is not None, preprocess.mean, preprocess.std)
+    kept, taken, changed = _read(source, chosen, preprocess, limit, head)
+    own = None if labels is None else labels[kept]
     read = set(kept)
+    names = tuple(source.names[index] for index in kept)
+    stream = taken.stream(source.read, kept, preprocess, names)
+    before = Origin(
+        stream or Stored(spec, channels, search_folder),
+        tuple(kept),
+        preprocess if changed else Preprocess(preprocess.mean, preprocess.std),
+    )
     images = ImageSet(
-        pixels=torch.from_numpy(pixels),
-        labels=None if labels is None else torch.from_numpy(labels),
-        names=tuple(source.names[index] for index in kept),
+        pixels=_tensor(taken.pixels, (len(kept), *taken.image_shape)),
+        labels=None if own is None else torch.from_numpy(own),
+        names=names,
         mean=preprocess.mean,
         std=preprocess.std,
-        digest=_digest(pixels, labels, preprocess.mean, preprocess.std),
+        digest=taken.digest(own, stream),
         skipped=tuple(source.names[index] for index in chosen if index not in read),
         class_folders=source.class_folders,
-        origin=Origin(Stored(spec, channels, search_folder), tuple(kept), preprocess) if changed else None,
+        origin=before if changed or stream is not None else None,
+        stream=stream,
     )
     if classes is not None:
         check_classes(images, classes, source.where)
     return images
+
+
+def _tensor(pixels: Pixels | None, shape: tuple[int, ...]) -> Tensor:
+    """The pixels of a set in memory; of one that is not, its shape."""
+    import torch
+
+    if pixels is None:
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+    return torch.from_numpy(pixels)
 
 
 def part(images: ImageSet, indices: Sequence[int]) -> ImageSet:
@@ -133,13 +170,22 @@ def part(images: ImageSet, indices: Sequence[int]) -> ImageSet:
     origin = images.origin
     if origin is not None:
         origin = dataclasses.replace(origin, indices=tuple(origin.indices[index] for index in chosen))
+    names = tuple(images.names[index] for index in chosen)
+    stream = images.stream
+    if stream is not None:
+        stream = dataclasses.replace(
+            stream, indices=stream.indices[chosen], names=names, marks=stream.marks[chosen]
+        )
+        if len(chosen) * math.prod(images.shape) <= streaming.most_held():
+            stream = None
     return dataclasses.replace(
         images,
-        pixels=images.pixels[chosen],
+        pixels=images.planes(chosen) if stream is None else images.pixels[chosen],
         labels=None if images.labels is None else images.labels[chosen],
-        names=tuple(images.names[index] for index in chosen),
+        names=names,
         digest=whole.hexdigest(),
         origin=origin,
+        stream=stream,
     )
 
 
@@ -152,7 +198,6 @@ def resized(images: ImageSet, hw: tuple[int, int]) -> ImageSet:
     Raises:
         UsageError: the size is none, or the source or an image of it is gone.
     """
-    import torch
 
     if hw == images.shape[1:]:
         return images
@@ -161,15 +206,22 @@ def resized(images: ImageSet, hw: tuple[int, int]) -> ImageSet:
     preprocess = at_size(origin.preprocess, hw)
     check_preprocess(preprocess, images.shape[0])
     read = origin.reader()
-    pixels = np.empty((len(images), images.shape[0], *hw), dtype=np.uint8)
+    labels = None if images.labels is None else images.labels.numpy()
+    head = streaming.head(labels is not None, images.mean, images.std)
+    taken = Taken(len(images), (images.shape[0], *hw), head)
     for place, index in enumerate(origin.indices):
         image = read(index)
         if image is None:
-            raise UsageError(f"data: {images.names[place]} can no longer be read; the run needs it again")
-        pixels[place] = resize(image, preprocess).transpose(2, 0, 1)
-    labels = None if images.labels is None else images.labels.numpy()
-    digest = _digest(pixels, labels, images.mean, images.std)
-    return dataclasses.replace(images, pixels=torch.from_numpy(pixels), digest=digest, origin=origin)
+            raise gone(images.names[place])
+        taken.add(planes_of(resize(image, preprocess)))
+    stream = taken.stream(read, origin.indices, preprocess, images.names)
+    return dataclasses.replace(
+        images,
+        pixels=_tensor(taken.pixels, (len(images), *taken.image_shape)),
+        digest=taken.digest(labels, stream),
+        origin=origin,
+        stream=stream,
+    )
 
 
 def check_classes(images: ImageSet, classes: int, source: str) -> None:
@@ -198,15 +250,9 @@ def overlap(a: ImageSet, b: ImageSet) -> int:
 
 
 def _image_digests(images: ImageSet) -> list[bytes]:
-    return [hashlib.sha256(image.numpy().data).digest() for image in images.pixels]
-
-
-def _digest(pixels: Pixels, labels: Labels | None, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
-    digest = hashlib.sha256(f"{pixels.shape} {labels is not None} {mean} {std}\n".encode())
-    digest.update(pixels.data)
-    if labels is not None:
-        digest.update(labels.data)
-    return digest.hexdigest()
+    if images.stream is not None:
+        return [one.tobytes() for one in images.stream.marks]
+    return [streaming.mark(image.numpy()) for image in images.pixels]
 
 
 def _subset(spec: DataSpec, source: Source) -> list[int]:
@@ -226,10 +272,10 @@ def _subset(spec: DataSpec, source: Source) -> list[int]:
 
 
 def _read(
-    source: Source, chosen: Sequence[int], preprocess: Preprocess, limit: int
-) -> tuple[list[int], Pixels, bool]:
-    """Indices that could be read, their pixels (N, C, H, W), and whether any was resized."""
-    pixels: Pixels | None = None
+    source: Source, chosen: Sequence[int], preprocess: Preprocess, limit: int, head: streaming.Head
+) -> tuple[list[int], Taken, bool]:
+    """Indices that could be read, the images at them, and whether any was resized."""
+    taken: Taken | None = None
     kept: list[int] = []
     bad: list[str] = []
     changed = False
@@ -240,23 +286,23 @@ def _read(
             continue
         at_the_size = resize(image, preprocess)
         changed |= at_the_size is not image
-        planes = at_the_size.transpose(2, 0, 1)
-        if pixels is None:
-            pixels = np.empty((len(chosen), *planes.shape), dtype=np.uint8)
-        if planes.shape != pixels.shape[1:]:
+        planes = planes_of(at_the_size)
+        if taken is None:
+            taken = Taken(len(chosen), planes.shape, head)
+        if planes.shape != taken.image_shape:
             raise UsageError(
                 f"data {source.where}: {source.names[index]} is {_height_by_width(planes.shape)}, "
-                f"{source.names[kept[0]]} is {_height_by_width(pixels.shape[1:])}; give a size to resize to"
+                f"{source.names[kept[0]]} is {_height_by_width(taken.image_shape)}; give a size to resize to"
             )
-        pixels[len(kept)] = planes
+        taken.add(planes)
         kept.append(index)
-    if pixels is None or len(bad) > limit:
+    if taken is None or len(bad) > limit:
         shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise UsageError(
             f"data {source.where}: {len(bad)} of {len(chosen)} images cannot be read (at most {limit} may "
             f"be): {shown}"
         )
-    return kept, pixels[: len(kept)], changed
+    return kept, taken, changed
 
 
 def _height_by_width(shape: tuple[int, ...]) -> str:

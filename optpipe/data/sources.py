@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from optpipe.data import archives
+from optpipe.data.archives import Rows
 from optpipe.data.preparing import Labels, Pixels
 from optpipe.errors import UsageError
 from optpipe.models import call_function
@@ -20,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "GIF")
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"})
 
+Stack = NDArray[np.generic] | Rows
+"""Images of one size, (N, H, W, C) or (N, H, W): in memory or in a file."""
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -30,7 +34,8 @@ class DataSpec:
 
     ``source`` is a folder of images, an .npz file with ``images`` and perhaps ``labels``, or a
     "package.module:function" that returns (uint8 images (N, H, W, C), labels or None). Calibration images of
-    ``source`` "synthesize" are made from the network by the run. ``labels`` false leaves labels out.
+    ``source`` "synthesize" are made from the network by the run. ``labels`` false leaves labels out. A set
+    that would take more than an eighth of the memory is read again, batch by batch, whenever it is looked at.
 
     The images are ``[skip : skip + count]`` of a permutation of the source that ``seed`` decides, all without
     a ``count``; subsets of one source with the same ``seed`` are disjoint where the ranges of ``skip`` and
@@ -100,10 +105,12 @@ def _open_folder(root: Path, channels: int) -> Source:
     files = flat or [file for _, file in nested]
     if not files:
         raise UsageError(f"data {root}: no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    # Paths take several times the memory of their names, and there may be a million.
+    names = [file.relative_to(root).as_posix() for file in files]
     return Source(
         where=str(root),
-        names=[file.relative_to(root).as_posix() for file in files],
-        read=lambda index: _decode(files[index], channels),
+        names=names,
+        read=lambda index: _decode(root / names[index], channels),
         labels=np.array([label for label, _ in nested], dtype=np.int64) if nested else None,
         class_folders=len(folders) if nested else None,
     )
@@ -143,8 +150,12 @@ def _open_npz(path: Path, channels: int) -> Source:
         # Given a path, numpy leaves the file open when it turns out to be no .npz.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             keys = list(file)
-            images = file["images"] if "images" in keys else None
+            images: Stack | None = archives.rows(path, file.zip) if "images" in keys else None
+            if images is None and "images" in keys:
+                images = file["images"]
             labels = file["labels"] if "labels" in keys else None
+    except UsageError:
+        raise
     except MemoryError:
         raise UsageError(f"data {path}: its arrays take more memory than there is") from None
     except Exception as error:  # numpy and zipfile raise whatever a damaged file leads them to
@@ -152,7 +163,7 @@ def _open_npz(path: Path, channels: int) -> Source:
         raise UsageError(f"data {path}: not a readable .npz file of plain arrays ({reason})") from error
     if images is None:
         raise UsageError(f"data {path}: no key 'images'; the file holds {', '.join(keys) or 'nothing'}")
-    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
+    if not isinstance(images, np.ndarray | Rows) or not isinstance(labels, np.ndarray | None):
         raise UsageError(f"data {path}: not a readable .npz file of plain arrays (one is other bytes)")
     return _open_arrays(str(path), path.name, images, labels, channels)
 
@@ -171,9 +182,9 @@ def _open_function(name: str, channels: int, search_folder: Path) -> Source:
 
 
 def _open_arrays(
-    where: str, stem: str, images: NDArray[np.generic], labels: NDArray[np.generic] | None, channels: int
+    where: str, stem: str, images: Stack, labels: NDArray[np.generic] | None, channels: int
 ) -> Source:
-    if images.dtype != np.uint8:
+    if isinstance(images, np.ndarray) and images.dtype != np.uint8:
         nan = np.issubdtype(images.dtype, np.floating) and bool(np.isnan(images.astype(np.float64)).any())
         raise UsageError(
             f"data {where}: images are {images.dtype}{' and hold NaN' if nan else ''}; they must be uint8, "
@@ -198,10 +209,15 @@ def _open_arrays(
             f"data {where}: labels are {labels.dtype} of shape {labels.shape}; they must be integers of "
             f"shape ({len(images)},)"
         )
-    pixels: Pixels = images.reshape(*images.shape[:3], channels).view(np.uint8)
+    read = images.row if isinstance(images, Rows) else _row_of(images, channels)
     return Source(
         where=where,
-        names=[f"{stem}[{index}]" for index in range(len(pixels))],
-        read=pixels.__getitem__,
+        names=[f"{stem}[{index}]" for index in range(len(images))],
+        read=read,
         labels=None if labels is None else labels.astype(np.int64),
     )
+
+
+def _row_of(images: NDArray[np.generic], channels: int) -> Callable[[int], Pixels]:
+    pixels: Pixels = images.reshape(*images.shape[:3], channels).view(np.uint8)
+    return pixels.__getitem__

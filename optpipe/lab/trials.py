@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optpipe import graph, store, timing, tune
-from optpipe.errors import UsageError
+from optpipe.errors import RunError, UsageError
 from optpipe.lab.engines import Engines
 from optpipe.lab.ground import Ground
 from optpipe.lab.names import plan_name
@@ -86,6 +87,11 @@ class Trials:
         distance = None
         if "distance" in ask.wants:
             distance = tune.distance(candidate, subject.original, subject.calibration, ground.device)
+            if not math.isfinite(distance):
+                raise RunError(
+                    f"{plan_name(ask.plan)}: the candidate's features are no numbers ({distance}): its "
+                    "training diverged, or the network cannot be without what was taken out"
+                )
         measured = ground.quality(candidate, ask.plan) if "quality" in ask.wants else None
         return TrialRecord(ask, parameters, macs, measured, distance, watch.seconds)
 

@@ -155,7 +155,7 @@ def _warnings(setup: Setup, results: Results) -> tuple[str, ...]:
 def known_beforehand(setup: Setup) -> tuple[str, ...]:
     """What to warn of from the start: images that cannot be read, a GPU that torch cannot use."""
     lines: list[str] = []
-    if setup.device != setup.target.device:
+    if setup.device != setup.target.device and setup.recipe.run.trainer == "target":
         lines.append(
             f"torch cannot use the GPU: recovery trains on the {setup.device.upper()}, which takes longer; "
             "optpipe doctor --gpu says what is missing"

@@ -170,7 +170,7 @@ def _train(
         seed=setup.recipe.run.seed,
         checkpoint=checkpoint,
         emit=emit,
-        device=setup.device,
+        device=tune.usable(setup.device),
     )
     store.save_tensors(weights, student.state_dict())
     checkpoint.path.unlink(missing_ok=True)
@@ -218,7 +218,7 @@ class _Follower:
     def __init__(self, setup: Setup) -> None:
         self._images = leakage.spread(setup.evaluation, MOST_IMAGES)
         self._device = setup.device
-        self._wanted = leakage.features(setup.original, self._images, setup.device)
+        self._wanted = leakage.features(setup.original, self._images, tune.usable(setup.device))
 
     def line(self, name: str, figure: str, network: fx.GraphModule, ends: tuple[State, State]) -> _Line:
         """The losses at each of SHARES between two states of the network's structure."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from optpipe import data, graph, landscape, store
+from optpipe import data, graph, landscape, store, tune
 from optpipe.errors import UsageError
 from optpipe.preparation import Setup
 from optpipe.report import leakage, schema
@@ -57,8 +57,9 @@ def _gap(setup: Setup, opened: store.Run, choice: Choice) -> schema.LeakageRepor
     networks = [load(setup, opened, choice, stage) for stage in ("prune", "recover")]
     errors = []
     for images in (spread(setup.calibration, MOST_IMAGES), spread(setup.evaluation, MOST_IMAGES)):
-        wanted = features(setup.original, images, setup.device)
-        before, after = (feature_errors(one, wanted, images, setup.device) for one in networks)
+        device = tune.usable(setup.device)
+        wanted = features(setup.original, images, device)
+        before, after = (feature_errors(one, wanted, images, device) for one in networks)
         errors.append((before, after))
     seen, unseen = errors
     found = landscape.gap(seen, unseen, np.random.default_rng(setup.recipe.run.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from optpipe import contest, environment, files, selection, store, timing
+from optpipe import contest, environment, files, locks, selection, store, timing
 from optpipe.errors import UsageError
 from optpipe.pipeline import curves, leakage, whole, workers
 from optpipe.pipeline.assembly import assemble, known_beforehand
@@ -43,19 +44,23 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | N
         cache = folder.resolve().parent / store.CACHE
     if not setup.recipe.run.cache:
         cache = None
-    with store.open_run(
-        folder,
-        setup.frozen,
-        fresh=fresh,
-        cache=cache,
-        lends=shared is not None,
-        shared=setup.recipe.run.store,
-    ) as opened:
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(
+            store.open_run(
+                folder,
+                setup.frozen,
+                fresh=fresh,
+                cache=cache,
+                lends=shared is not None,
+                shared=setup.recipe.run.store,
+            )
+        )
 
         def tell(event: Event) -> None:
             opened.emit(event)
             emit(event)
 
+        stack.enter_context(locks.telling(_once(tell)))
         setup = synthesized(setup, opened, tell)
         _check_inputs(setup, opened)
         if setup.selected.note:
@@ -98,6 +103,18 @@ def run(setup: Setup, folder: Path, *, fresh: bool, emit: Emit, shared: Path | N
         limits.write(opened.folder, setup.recipe.gate)
         build.write(opened.folder, report)
         return report
+
+
+def _once(emit: Emit) -> Callable[[str], None]:
+    """Tells of waiting for others, but not again of the same: a run takes a lock dozens of times."""
+    told: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            emit(Event("note", "device", line))
+
+    return tell
 
 
 def check(setup: Setup, folder: Path) -> None:

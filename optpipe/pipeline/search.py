@@ -188,7 +188,7 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
     parameters, macs = graph.count(candidate, resolved.shape)
     path = opened.stage_folder("prune") / store.WEIGHTS
     store.save_tensors(path, candidate.state_dict())
-    logits = tune.logits(candidate, resolved.evaluation(), setup.device).numpy()
+    logits = tune.logits(candidate, resolved.evaluation(), tune.usable(setup.device)).numpy()
     measured = quality.score(
         logits, engines.labels(setup.evaluation), engines.reference(opened), "evaluation"
     )
@@ -197,12 +197,10 @@ def prune(setup: Setup, opened: store.Run, choice: Choice) -> Pruned:
 
 
 def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> Recovered:
-    """Train the pruned network as the choice says, on as many devices as the recipe does."""
+    """Train the pruned network as the choice says, where the recipe does."""
     path = opened.stage_folder("recover") / store.WEIGHTS
     if not choice.recover.steps:
         store.save_tensors(path, recovering.candidate_of(setup, opened, choice).state_dict())
         return Recovered(store.file_sha256(path), None, None, 0.0)
-    teachers = recovering.teachers_of(setup, opened, choice, emit)
-    train = recovering.train if setup.recipe.run.devices == 1 else workers.train
-    trained = train(setup, opened, choice, teachers, emit)
+    trained = workers.recover(setup, opened, choice, emit)
     return Recovered(store.file_sha256(path), trained.loss_first, trained.loss_last, 0.0)

@@ -70,7 +70,7 @@ def _made(setup: Setup, path: Path, made_of: str, emit: Emit) -> NDArray[np.uint
     def told(done: int, loss: float) -> None:
         emit(Event("progress", "synthesis", f"loss {loss:.4g}", done, total))
 
-    watch, device = timing.Stopwatch(), setup.device
+    watch, device = timing.Stopwatch(), tune.usable(setup.device)
     emit(Event("note", "synthesis", f"{len(labels)} images from the original in {len(parts)} batches"))
     student = _student(setup) if settings.competition else None
     half = tune.native_bf16(device)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from optpipe import interruption, pipeline, store, timing
-from optpipe.errors import OptpipeError
+from optpipe.errors import OptpipeError, lacks_memory
 from optpipe.sweep.planning import Entry, Sweep
 from optpipe.sweep.summary import State
 from optpipe.types import Emit, Event
@@ -57,6 +57,8 @@ def take(entry: Entry, sweep: Sweep, *, fresh: bool, emit: Emit) -> Outcome:
         told = str(error)
         if not isinstance(error, OptpipeError):
             told = f"unexpected {type(error).__name__}: {' '.join(told.split())[:300]}"
+            if lacks_memory(error):
+                told = "this takes more memory than there is"
         return Outcome(entry, "failed", watch.seconds, told, traceback.format_exc())
     return Outcome(entry, "finished", watch.seconds)
 

@@ -19,7 +19,7 @@ from optpipe import interruption
 from optpipe.errors import RunError
 from optpipe.tune.checkpoint import Checkpoint, restore, snapshot
 from optpipe.tune.evaluation import BatchNorm, batches_of, distance, logit_batches, logits
-from optpipe.tune.machine import native_bf16, on_this_machine, release, training_device
+from optpipe.tune.machine import native_bf16, on_this_machine, release, training_device, usable
 from optpipe.tune.objective import Teachers, objective_of
 from optpipe.tune.parameters import optimizer_of, trainable
 from optpipe.tune.parts import Gradients
@@ -49,6 +49,7 @@ __all__ = [
     "steps_of",
     "train",
     "training_device",
+    "usable",
     "with_steps",
 ]
 

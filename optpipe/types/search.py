@@ -371,7 +371,7 @@ class Budget:
 
 
 class Images(Protocol):
-    """A set of images held in memory, in a fixed order."""
+    """A set of images in a fixed order: in memory, or read when they are asked for."""
 
     @property
     def labels(self) -> torch.Tensor | None:

@@ -21,6 +21,9 @@ CAMPAIGNS = (
     "kills",
     "rot",
     "disk",
+    "crowd",
+    "memory",
+    "soak",
 )
 """Modules of this package that have ``run``, in the order of the page."""
 

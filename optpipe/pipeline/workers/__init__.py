@@ -11,20 +11,20 @@ import importlib.util
 
 import torch
 
-from optpipe import store
+from optpipe import store, tune
 from optpipe.data import SYNTHESIZED
 from optpipe.errors import MissingError, UsageError
 from optpipe.lab import Pool
-from optpipe.pipeline.workers import cluster
-from optpipe.pipeline.workers.devices import train
+from optpipe.pipeline import recovering
+from optpipe.pipeline.workers import afar, cluster, devices
 from optpipe.pipeline.workers.local import LocalPool
 from optpipe.pipeline.workers.replica import Assignment
 from optpipe.preparation import Setup
 from optpipe.results import Ingested
 from optpipe.shared import SharedStore
-from optpipe.types import Emit
+from optpipe.types import Choice, Emit
 
-__all__ = ["pool_of", "refuse", "train"]
+__all__ = ["pool_of", "recover", "refuse"]
 
 
 def refuse(setup: Setup) -> None:
@@ -51,16 +51,32 @@ def refuse(setup: Setup) -> None:
 
 
 def _refuse_devices(setup: Setup) -> None:
-    devices, batch = setup.recipe.run.devices, min(setup.recover.batch, len(setup.calibration))
-    place = f"{setup.recipe.path}: [run] devices = {devices}"
-    if devices > batch:
+    count, batch = setup.recipe.run.devices, min(setup.recover.batch, len(setup.calibration))
+    place = f"{setup.recipe.path}: [run] devices = {count}"
+    if count > batch:
         raise UsageError(f"{place}: a batch of the recovery has {batch} images, too few for all of them")
-    if setup.device == "cuda" and devices > torch.cuda.device_count():
+    if setup.recipe.run.workers == "ray":
+        return  # what a worker's machine has is seen there
+    if setup.device == "cuda" and count > torch.cuda.device_count():
         raise UsageError(f"{place}: this machine has {torch.cuda.device_count()} GPUs")
     if importlib.util.find_spec("lightning_fabric") is None:
         raise MissingError(
             f"{place}: the package lightning-fabric is not installed; pip install 'optpipe[multi]'"
         )
+
+
+def recover(setup: Setup, opened: store.Run, choice: Choice, emit: Emit) -> tune.Trained:
+    """Train the pruned network where the recipe says: here, on several devices, or on the cluster.
+
+    Its weights are in the run's folder then.
+    """
+    run = setup.recipe.run
+    if run.workers == "ray":
+        return afar.train(setup, opened, choice, emit)
+    teachers = recovering.teachers_of(setup, opened, choice, emit)
+    if run.devices > 1:
+        return devices.train(setup, opened, choice, teachers, emit)
+    return recovering.train(setup, opened, choice, teachers, emit)
 
 
 def pool_of(setup: Setup, opened: store.Run, ingested: Ingested, emit: Emit) -> Pool | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optpipe import errors
@@ -49,7 +49,7 @@ def join(address: str) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingError(
-            f'[run] address = "{address}": no Ray cluster answers there: {_one_line(error)}; begin one with '
+            f'[run] address = "{address}": no Ray cluster answers there: {one_line(error)}; begin one with '
             "ray start --head, on one of its machines"
         ) from None
     return ray
@@ -60,6 +60,21 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def refuse_small(ray: Any, needs: Mapping[str, float]) -> int:
+    """How many workers a cluster can hold that take ``needs``; RunError where it cannot hold a single one."""
+    whole = ray.cluster_resources()
+    room = min(int(whole.get(name, 0.0) / need) for name, need in needs.items() if need)
+    if not room:
+        there, asked = (
+            f"{have.get('CPU', 0.0):g} cores and {have.get('GPU', 0.0):g} GPUs" for have in (whole, needs)
+        )
+        raise RunError(
+            f"[run] workers: the cluster has {there}, and a worker takes {asked}; set worker_cpus and "
+            "worker_gpus"
+        )
+    return room
 
 
 class Remote:
@@ -161,17 +176,7 @@ class RayPool:
 
         Whether a worker has its place is known when it comes: others may use the cluster too.
         """
-        whole = self._ray.cluster_resources()
-        room = min(int(whole.get(name, 0.0) / need) for name, need in self._needs.items() if need)
-        if not room:
-            there, asked = (
-                f"{have.get('CPU', 0.0):g} cores and {have.get('GPU', 0.0):g} GPUs"
-                for have in (whole, self._needs)
-            )
-            raise RunError(
-                f"[run] workers: the cluster has {there}, and a worker takes {asked}; set worker_cpus and "
-                "worker_gpus"
-            )
+        room = refuse_small(self._ray, self._needs)
         while len(self._workers) + len(self._coming) < min(count, room):
             worker: Any = self._kind.remote(self._assignment)
             self._coming[worker.here.remote()] = worker
@@ -182,17 +187,18 @@ class RayPool:
         try:
             self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
-            self._emit(Event("warning", "workers", f"one did not come: {_one_line(error)}"))
+            self._emit(Event("warning", "workers", f"one did not come: {one_line(error)}"))
         else:
             self._workers.append(worker)
 
     def _mourn(self, deaths: int, error: BaseException) -> None:
         self._emit(
-            Event("warning", "workers", f"one died; another takes its request over: {_one_line(error)}")
+            Event("warning", "workers", f"one died; another takes its request over: {one_line(error)}")
         )
         if deaths >= TRIES:
-            raise RunError(f"[run] workers: {deaths} workers died over one request: {_one_line(error)}")
+            raise RunError(f"[run] workers: {deaths} workers died over one request: {one_line(error)}")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error of Ray says, which may be pages."""
     return " ".join(str(error).split())[:200]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,28 +68,14 @@ class Replica:
         """
         self._assignment = assignment
         self._emit = emit
-        self._own = tempfile.TemporaryDirectory(prefix="optpipe-worker-") if assignment.shared else None
-        self._opened = self._open()
+        self._own = contextlib.ExitStack()
+        self._opened = self._own.enter_context(opened_by(assignment))
         self._setup = prepared(assignment, self._opened, emit)
         self._begin()
 
-    def _open(self) -> store.Run:
-        """The run: in the folder that all see, or in one of this worker's own that fills from the store."""
-        assignment, address = self._assignment, self._assignment.recipe.run.store
-        if self._own is not None:
-            return store.Run(Path(self._own.name), None, shared=SharedStore(address, assignment.shared))
-        if not (assignment.folder / store.RECIPE).is_file():
-            raise RunError(
-                f"{assignment.folder}: this worker does not see the run's folder; a run with workers on "
-                "other machines needs a folder that all of them share (--out), or an address that they reach "
-                "([run] store)"
-            )
-        return store.Run(assignment.folder, assignment.cache)
-
     def close(self) -> None:
         """Remove what it keeps of its own."""
-        if self._own is not None:
-            self._own.cleanup()
+        self._own.close()
 
     def _begin(self) -> None:
         self._opened.has(self._opened.stage_folder("ingest") / "result.json")
@@ -114,6 +101,27 @@ class Replica:
             self._requests = self._search.send(self._lab.answer(self._requests))
             self._batch += 1
         self._lab.compute(self._requests[place])
+
+
+@contextlib.contextmanager
+def opened_by(assignment: Assignment) -> Iterator[store.Run]:
+    """A worker's run: in the folder that all see, or in one of its own that fills from the store.
+
+    Raises:
+        RunError: it does not see the folder.
+    """
+    if assignment.shared:
+        shared = SharedStore(assignment.recipe.run.store, assignment.shared)
+        with tempfile.TemporaryDirectory(prefix="optpipe-worker-") as folder:
+            yield store.Run(Path(folder), None, shared=shared)
+        return
+    if not (assignment.folder / store.RECIPE).is_file():
+        raise RunError(
+            f"{assignment.folder}: this worker does not see the run's folder; a run with workers on other "
+            "machines needs a folder that all of them share (--out), or an address that they reach ([run] "
+            "store)"
+        )
+    yield store.Run(assignment.folder, assignment.cache)
 
 
 def prepared(assignment: Assignment, opened: store.Run, emit: Emit) -> Setup:
