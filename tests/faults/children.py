@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ def make(folder: Path, method: str = 'name = "filters"', budget: str = "macs_red
     (folder / "small.toml").write_text(text, encoding="utf-8")
 
 
-def start(*words: str, folder: Path, temporary: Path | None = None) -> subprocess.Popen[str]:
-    """Begin a Python process: ``-m optpipe.cli`` and its words, say."""
+def start(
+    *words: str, folder: Path, temporary: Path | None = None, extra: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Begin a Python process: ``-m optpipe.cli`` and its words, say; ``extra`` is for its environment."""
     kept = {} if temporary is None else {"TMPDIR": str(temporary)}
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # Begun in the background this process ignores Ctrl-C, and so would all that it begins.
@@ -113,7 +115,7 @@ def start(*words: str, folder: Path, temporary: Path | None = None) -> subproces
     return subprocess.Popen(
         [sys.executable, "-X", "faulthandler", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **kept},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **kept, **(extra or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

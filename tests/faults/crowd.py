@@ -162,7 +162,7 @@ def read_while_it_is_written(folder: Path, count: int) -> Tried:
     wrong += (
         [f"exit code {ended.code}: {ended.err[-600:]!r}"]
         if ended.code
-        else _differs(folder / "run", expected)
+        else _differs(folder / "new", expected)
     )
     return Tried(reads, (*wrong, *torn(folder)))
 
