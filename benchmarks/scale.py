@@ -222,10 +222,7 @@ def start_s(one: Recorded, folder: Path) -> float:
 def workload(name: str, said: str, folder: Path, start: float, factor: float = 1.0) -> Workload:
     """What a finished run's events and trials say of its seconds."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    computed = {
-        path.parent.name: float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-        for path in folder.glob("trials/*/trial.json")
-    }
+    examined = {path.parent.name: Examined.of(path) for path in folder.glob("trials/*/trial.json")}
     stages = {
         event["name"]: float(event["seconds"])
         for event in events
@@ -237,26 +234,48 @@ def workload(name: str, said: str, folder: Path, start: float, factor: float = 1
         factor=factor,
         start_s=start,
         before_s=stages["ingest"],
-        batches=tuple(batches(events, computed, factor)),
+        batches=tuple(batches(events, examined, factor)),
         recover_s=stages["recover"] * factor,
         after_s=stages["prune"] + stages["export"] + stages["benchmark"],
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a trial took but for its engine; ``waits`` is whether a worker would do it."""
+
+    seconds: float
+    waits: bool
+    trains: bool
+
+    @classmethod
+    def of(cls, path: Path) -> Examined:
+        """That of a trial.json."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        trains = found["ask"]["tune"] is not None
+        return cls(float(found["seconds"]), trains or found["ask"]["wants"] != ["latency"], trains)
+
+
 def batches(
-    events: Sequence[Mapping[str, Any]], computed: Mapping[str, float], factor: float
+    events: Sequence[Mapping[str, Any]], examined: Mapping[str, Examined], factor: float
 ) -> Iterator[Batch]:
-    """The requests of a search in their batches; ``computed`` are the seconds of trials without an engine."""
+    """The requests of a search in their batches.
+
+    ``examined`` are its trials by their keys; of these alone training is multiplied by ``factor``. What the
+    driver does itself beside the timing (a candidate is cut and counted for it) counts as timing.
+    """
     found: list[Request] = []
     for event in events:
         if event["kind"] != "trial" or "key" not in event["fields"]:
             continue
-        fields, seconds = event["fields"], float(event["seconds"])
-        own = computed.get(fields["key"], seconds if "ratio" not in fields else 0.0)
-        timing = max(0.0, seconds - own) if "ratio" in fields else 0.0
-        # What takes a moment is answered by the driver while it would hand it over.
-        slow = own if own > 0.1 else 0.0
-        found.append(Request(event["name"], slow * factor, timing))
+        seconds, trial = float(event["seconds"]), examined.get(event["fields"]["key"])
+        if trial is None:  # a step, or a training whose weights stay
+            found.append(Request(event["name"], seconds, 0.0))
+        elif trial.waits:
+            scaled = trial.seconds * (factor if trial.trains else 1.0)
+            found.append(Request(event["name"], scaled, max(0.0, seconds - trial.seconds)))
+        else:
+            found.append(Request(event["name"], 0.0, seconds))
         if event["done"] == event["total"]:
             yield tuple(found)
             found = []

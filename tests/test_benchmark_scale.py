@@ -95,11 +95,23 @@ def test_a_recording_tells_timing_from_computing() -> None:
         {"name": "steps", "done": 1, "total": 1, "seconds": 4.0, "fields": {"key": "k3"}},
         {"name": "handed", "done": 1, "total": 1, "seconds": 4.0},
     )
-    found = list(scale.batches(told, {"k1": 0.25, "k2": 0.0625}, 8.0))
+    examined = {"k1": scale.Examined(0.25, waits=True, trains=True), "k2": scale.Examined(0.5, False, False)}
+    found = list(scale.batches(told, examined, 8.0))
     assert found == [
-        (Request("a", 2.0, 4.75), Request("b", 0.0, 6.9375)),  # what takes a moment is not handed over
-        (Request("steps", 32.0, 0.0),),
+        (Request("a", 2.0, 4.75), Request("b", 0.0, 7.0)),  # the driver's own stays with it
+        (Request("steps", 4.0, 0.0),),
     ]
+
+
+def test_a_trial_waits_for_a_worker_as_the_lab_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "trial.json"
+    for wants, tune, waits in (
+        (["latency"], None, False),
+        (["latency", "quality"], None, True),
+        (["latency"], {}, True),
+    ):
+        path.write_text(json.dumps({"ask": {"wants": wants, "tune": tune}, "seconds": 2.0}))
+        assert scale.Examined.of(path) == scale.Examined(2.0, waits, tune is not None)
 
 
 def test_a_batch_is_from_being_handed_over_to_its_last_answer(tmp_path: Path) -> None:

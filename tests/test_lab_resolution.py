@@ -17,6 +17,7 @@ from optpipe import bank, building, data, graph, lab, models, quality, store, tu
 from optpipe.data import ImageSet
 from optpipe.errors import RunError, UsageError
 from optpipe.lab import teaching
+from optpipe.lab.trainings import TrainedRecord
 from optpipe.types import Ask, Engine, Plan, Precision, Session, Start, Target, Train, Trial, Tune
 
 SMALL = Plan(input_hw=(4, 6))
@@ -180,9 +181,9 @@ def test_a_score_is_kept_with_the_weights_and_taken_again_where_it_is_not(
     (folder / "trained.json").unlink()
     assert open_bench(run, subject).trained(request).quality == first.quality
     # Of other weights it would be another score.
-    (folder / "trained.json").write_text(
-        stored.replace(first.digest, "0" * 64).replace('"count": 3', '"count": 9')
-    )
+    assert first.quality is not None
+    other = TrainedRecord("0" * 64, replace(first.quality, count=9))
+    (folder / "trained.json").write_text(store.to_sealed(other))
     assert open_bench(run, subject).trained(request).quality == first.quality
     assert (folder / "trained.json").read_text() == stored
 

@@ -259,11 +259,19 @@ def stopped(*arguments: object) -> object:
     raise KeyboardInterrupt
 
 
-def test_a_lent_ingest_of_another_version_is_measured_anew(
-    swept: Swept, copied: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["another version", "a bit of the logits", "a folder for an engine"])
+def test_a_lent_ingest_that_is_damaged_is_measured_anew(
+    swept: Swept, copied: Path, home: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     (lent,) = (copied / store.CACHE / "ingest").glob("*/lent.json")
-    lent.write_text("{}")
+    if damage == "another version":
+        lent.write_text("{}")
+    elif damage == "a bit of the logits":
+        logits = lent.with_name("logits.npy")
+        logits.write_bytes(logits.read_bytes()[:-1] + b"x")
+    else:
+        lent.with_name("model.onnx").unlink()
+        lent.with_name("model.onnx").mkdir()
     monkeypatch.setattr(stages, "analyze", stopped)
     setup = preparation.prepare(recipes.load(home / "small.toml"))
     with pytest.raises(KeyboardInterrupt):

@@ -51,7 +51,7 @@ that are alike are resumed once.
 """
 
 MENDED = """\
-Found in making this campaign or by it, and mended, each with a test:
+Found in making this campaign or by it, and mended:
 
 - ONNX Runtime does not tell that it could not write its profile, and reading it ended in a traceback. The run
   now goes on without the times of the layers, which the report says.

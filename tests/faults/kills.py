@@ -47,7 +47,7 @@ the undisturbed run: no temporary file is left in its folder or in the cache bes
 """
 
 MENDED = """\
-Found in making this campaign or by it, and mended, each with a test:
+Found in making this campaign or by it, and mended:
 
 - A temporary file of the shared cache was left there for ever: the cache has no owner who could tell a dead
   process's from a live one's. They are now made in the run's own folder, which clears them.

@@ -42,7 +42,7 @@ the file any more, with the same results.
 """
 
 MENDED = """\
-Found in making this campaign or by it, and mended, each with a test:
+Found in making this campaign or by it, and mended:
 
 - A digit that flipped in a trial, a step, a latency or a stage's result was read as if it had been measured.
   Every JSON file that optpipe reads back now ends with a seal over its content, reports and manifests too.
