@@ -438,9 +438,15 @@ def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_is_bfloat16_where_the_gpu_computes_it(
     monkeypatch: pytest.MonkeyPatch, native: bool, found: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert tune.on_this_machine(Tune(steps=1, autocast="auto"), "cuda").autocast == found
     assert tune.on_this_machine(Tune(steps=1, autocast="off"), "cuda").autocast == "off"
+
+
+def test_a_gpu_that_is_elsewhere_is_taken_to_compute_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.on_this_machine(Tune(steps=1, autocast="auto"), "cuda").autocast == "bf16"
 
 
 @pytest.mark.gpu
