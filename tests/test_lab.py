@@ -384,8 +384,22 @@ def test_tuning_brings_a_candidate_nearer_and_leaves_its_weights(
     from safetensors.torch import load_file
 
     candidate.load_state_dict(load_file(tmp_path / "run" / "trials" / tuned.key / "weights.safetensors"))
-    again = tune.distance(candidate, subject.original, subject.calibration)
-    assert again == pytest.approx(tuned.distance, rel=1e-4)
+    assert tune.distance(candidate, subject.original, subject.calibration) == tuned.distance
+
+
+def test_a_trial_that_was_trained_and_not_stored_is_not_trained_again(
+    tmp_path: Path, subject: lab.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Ask(SECOND, wants=("distance",), tune=MIMIC)
+    (first,) = open_bench(store.Run(tmp_path / "run", None), subject).ask(asked)
+    assert isinstance(first, Trial)
+    (
+        tmp_path / "run" / "trials" / first.key / "trial.json"
+    ).unlink()  # as a process that was killed leaves it
+    monkeypatch.delattr(tune, "train")
+    (second,) = open_bench(store.Run(tmp_path / "run", None), subject).ask(asked)
+    assert isinstance(second, Trial)
+    assert second.distance == first.distance
 
 
 LEARN = Tune(steps=5, batch=4, lr=0.05, loss="labels", trainable="all", augment="none")

@@ -108,13 +108,30 @@ class Trials:
             )
 
     def _tuned(self, candidate: fx.GraphModule, ask: Ask, key: str) -> fx.GraphModule:
+        """The candidate with what its training came to, which stays with the run.
+
+        A process that was killed before it stored the trial does not train again.
+        """
+        run = self._ground.run
+        path = run.weights(key)
+        if not run.has_tensors(path):
+            trained = self._trained(candidate, ask)
+            if trained is None:
+                return candidate
+            store.save_tensors(path, trained.state_dict())
+            run.give(path)
+        store.load_tensors(candidate, path)
+        return candidate
+
+    def _trained(self, candidate: fx.GraphModule, ask: Ask) -> fx.GraphModule | None:
+        """A network of the candidate's weights after its training; None where there is nothing to train."""
         assert ask.tune is not None
         ground, subject = self._ground, self._ground.subject
         adapted = ask.tune.trainable == "adaptors"
         if adapted:
             candidate = graph.with_adaptors(subject.original, ask.plan, ground.shape)
             if not graph.adaptors(candidate):
-                return candidate
+                return None
         tune.train(
             candidate,
             subject.original,
@@ -124,9 +141,4 @@ class Trials:
             emit=ground.emit,
             device=ground.device,
         )
-        if adapted:
-            candidate = graph.fold(candidate)
-        path = ground.run.weights(key)
-        store.save_tensors(path, candidate.state_dict())
-        ground.run.give(path)
-        return candidate
+        return graph.fold(candidate) if adapted else candidate
