@@ -42,11 +42,17 @@ _NO_MEMORY = (
 """What torch, oneDNN and ONNX Runtime call it where memory is refused to them, in errors of other kinds."""
 
 
+_NO_THREAD = ("Resource temporarily unavailable", "can't start new thread")
+"""What a library and Python say where there is no memory for a thread, which needs some of its own."""
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error, or what it was raised for, is one of memory that is not there.
 
     A GPU's own is told by torch's kind of error.
     """
     if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
+        return True
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_THREAD):
         return True
     return error.__cause__ is not None and lacks_memory(error.__cause__)

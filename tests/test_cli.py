@@ -198,6 +198,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
     [
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("Resource temporarily unavailable"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
         ),
