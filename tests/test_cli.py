@@ -205,7 +205,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
         RuntimeError("could not create a primitive"),
         RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bad allocation"),
     ],
-    ids=["python", "system", "torch", "onednn", "onnxruntime"],
+    ids=["python", "system", "thread", "torch", "onednn", "onnxruntime"],
 )
 def test_memory_that_is_not_there_is_one_line(
     error: Exception, optpipe: Call, finished: Path, monkeypatch: pytest.MonkeyPatch
