@@ -26,7 +26,7 @@ DEMOS = {
 }
 """The shipped recipes, and what makes each shorter: how long it trains does not matter to what it holds, nor
 do images of a kilobyte."""
-IMAGES = 500
+IMAGES = 1000
 """How many images the smaller of the sets has that are streamed; the larger has four times as many."""
 SIZE = 96
 MOST_SHARE = 0.2
