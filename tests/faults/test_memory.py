@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from faults import memory
+from faults.report import PAGE
 
 
 def test_the_share_of_the_pixels_that_is_held() -> None:
@@ -20,3 +21,9 @@ def test_a_demo_streams_and_refusals(tmp_path: Path) -> None:
     found = memory.run(tmp_path, 4, print)
     assert found.problems == ()
     assert found.section.startswith(memory.TITLE)
+
+
+def test_the_page_says_what_is_done_and_what_was_mended() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for text in (memory.TITLE, memory.INTRODUCTION, memory.MENDED):
+        assert text in page
