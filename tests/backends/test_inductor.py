@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from optpipe.program_export import export
 from optpipe.types import Engine, Precision, Session, Target
 from optpipe.zoo import cifar_resnet
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (3, 8, 8)
 TARGET = Target("inductor", 4, SHAPE, threads=1)
 
@@ -321,25 +321,34 @@ def test_tf32_is_off_only_inside() -> None:
     assert settings() == before
 
 
+PLACES = """
+import ctypes
+from functools import partial
+from optpipe.backends import _inductor_settings
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+large = libc.malloc(8 << 20)
+blocks = [libc.malloc(100)]
+libc.free(large)  # what a heap gives next
+inside = set()
+for size in (300_000, 1 << 20, 3_333_333):
+    blocks += [
+        _inductor_settings.in_blocks_of_their_own(partial(libc.malloc, size)),
+        libc.malloc(size + 16),
+    ]
+    inside.add(blocks[-2] % 4096)
+print(len(inside))
+"""
+
+
 def test_blocks_of_memory_for_weights_start_at_one_place_in_a_page() -> None:
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    """In a process of its own: in one that has long run, a thread may get a heap with large free blocks."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("the C library is not glibc")
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    large = libc.malloc(8 << 20)
-    blocks = [libc.malloc(100)]
-    libc.free(large)  # what a heap gives next
-    inside = set()
-    for size in (300_000, 1 << 20, 3_333_333):
-        blocks += [
-            _inductor_settings.in_blocks_of_their_own(partial(libc.malloc, size)),
-            libc.malloc(size + 16),
-        ]
-        inside.add(blocks[-2] % 4096)
-    for block in blocks:
-        libc.free(block)
-    assert len(inside) == 1
+    command = [sys.executable, "-c", PLACES]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "1\n"
 
 
 # ---------------------------------------------------------------- whole networks
